@@ -1,0 +1,1 @@
+"""lm_saes: sparse autoencoders and transcoders for language models."""
