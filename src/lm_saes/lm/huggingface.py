@@ -1,0 +1,243 @@
+"""Hugging Face models, read and edited through forward hooks. The only file that imports transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from lm_saes.config import LanguageModelConfig
+from lm_saes.devices import resolve_device
+from lm_saes.errors import LanguageModelError
+from lm_saes.lm import tokenization
+from lm_saes.lm.demo import DEMO_NAME, demo_folder
+from lm_saes.lm.hook_points import HookPoints
+from lm_saes.lm.hooks import capture, edited, evaluating
+from lm_saes.lm.hub_errors import explain
+from lm_saes.lm.language_model import LanguageModel
+
+
+class HuggingFaceLanguageModel(LanguageModel):
+    """A causal or encoder model of the transformers library.
+
+    Hook points are the names of `lm_saes.lm.hook_points`: TransformerLens-style ones for GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3,
+    Mixtral, the Qwen mixtures of experts, BERT, RoBERTa and DistilBERT (and models built like them), and the path of any module of any model.
+
+    Raises:
+        LanguageModelError: the model cannot be loaded, or its tokenizer does not belong to it.
+        DeviceError: the device does not exist here.
+    """
+
+    def __init__(self, cfg: LanguageModelConfig) -> None:
+        device = resolve_device(cfg.device)  # before anything is downloaded
+        tokenizer = load_tokenizer(cfg)
+        self._adopt(_load_weights(cfg).to(device), tokenizer, cfg)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any, cfg: LanguageModelConfig | None = None) -> Self:
+        """A model that is already loaded: quantised, spread over devices, with adapters. It is neither moved nor changed.
+
+        Raises:
+            LanguageModelError: the tokenizer does not belong to the model.
+        """
+        config: Any = model.config
+        if cfg is None:
+            cfg = LanguageModelConfig(model_name=getattr(config, "name_or_path", "") or type(model).__name__, dtype=_dtype_of(model))
+        self = cls.__new__(cls)
+        self._adopt(model, tokenizer, cfg)
+        return self
+
+    def _adopt(self, model: nn.Module, tokenizer: Any, cfg: LanguageModelConfig) -> None:
+        super().__init__(cfg, tokenizer)
+        self.model = model
+        config: Any = model.config
+        text_config = config.get_text_config()
+        self._embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        self.device = self._embedding.weight.device
+        self.d_model = int(text_config.hidden_size)
+        self.n_layers = int(text_config.num_hidden_layers)
+        self.is_causal = _is_causal(config, type(model).__name__)
+        self._position_offset = _position_offset(model)
+        limit = getattr(text_config, "max_position_embeddings", None)
+        self._position_limit = None if limit is None else int(limit) - self._position_offset
+        self.max_context = min(cfg.max_length, self._position_limit or cfg.max_length)
+        self.hook_points = HookPoints(model, text_config)
+        self._widths: dict[str, int] = {}
+        unwrapped: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+        self._parameters = frozenset(inspect.signature(unwrapped.forward).parameters)
+        largest, rows = tokenization.largest_id(tokenizer), int(self._embedding.weight.shape[0])
+        if largest >= rows:
+            raise LanguageModelError(
+                f"the tokenizer goes up to id {largest} but {cfg.model_name} embeds {rows} tokens; use the model's own tokenizer"
+            )
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
+            shape = None if attention_mask is None else tuple(attention_mask.shape)
+            raise LanguageModelError(f"ids must be [rows, positions] and the attention mask of the same shape, got {tuple(ids.shape)} and {shape}")
+        if self._position_limit is not None and ids.shape[1] > self._position_limit:
+            raise LanguageModelError(f"{self.cfg.model_name} takes at most {self._position_limit} tokens in a row, got {ids.shape[1]}")
+        if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._embedding.weight.shape[0]:
+            raise LanguageModelError(
+                f"token ids must be between 0 and {self._embedding.weight.shape[0] - 1} for {self.cfg.model_name}, got {int(ids.min())} to {int(ids.max())}"
+            )
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if "use_cache" in self._parameters:
+            inputs["use_cache"] = False
+        if attention_mask is not None and not bool(attention_mask.all()):  # a full mask costs time and means nothing
+            mask = attention_mask.to(self.device, torch.long)
+            inputs["attention_mask"] = mask
+            if "position_ids" in self._parameters:  # count tokens, not padding, whichever side that is on
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0) + self._position_offset
+        return inputs
+
+    @torch.no_grad()  # not inference mode: a dictionary is trained on what is captured
+    def capture(self, ids: Tensor, attention_mask: Tensor | None, hook_points: Sequence[str]) -> dict[str, Tensor]:
+        inputs = self._inputs(ids, attention_mask)
+        sites = {hook_point: self.hook_points.site(hook_point) for hook_point in hook_points}
+        if not sites:
+            return {}
+        with evaluating(self.model):
+            captured = capture(self.model, sites, lambda: self.model(**inputs))
+        return {name: tensor.to(self.device) for name, tensor in captured.items()}
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+        inputs = self._inputs(ids, attention_mask)
+        sites = {name: (self.hook_points.site(name), edit) for name, edit in (edits or {}).items()}
+        with evaluating(self.model), edited(self.model, sites):
+            if self.is_causal:
+                output = self.model(**inputs)
+            else:
+                output = self.model(**inputs, output_hidden_states=True)
+        result = getattr(output, "logits", None) if self.is_causal else output.hidden_states[-1]
+        if result is None:
+            raise LanguageModelError(f"{type(self.model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+        return result
+
+    def hook_width(self, hook_point: str) -> int:
+        if hook_point not in self._widths:  # the one way that holds for every module: look
+            ids = torch.tensor([[self.bos_token_id or 0]])
+            self._widths[hook_point] = int(self.capture(ids, None, [hook_point])[hook_point].shape[-1])
+        return self._widths[hook_point]
+
+    def provenance(self) -> dict[str, Any]:
+        config: Any = self.model.config
+        return {
+            "model_name": self.cfg.model_name,
+            "revision": getattr(config, "_commit_hash", None) or self.cfg.revision,
+            "architecture": type(self.model).__name__,
+            "model_type": config.model_type,
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+            "dtype": str(_dtype_of(self.model)).removeprefix("torch."),
+            "tokenizer_hash": self.tokenizer_hash,
+            "hook_width_source": "a forward pass of one token",
+            "backend": "huggingface",
+        }
+
+
+# ---------------------------------------------------------------------------------------------- facts about a model
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
+
+
+def _is_causal(config: Any, *class_names: str) -> bool:
+    """Whether a model predicts the next token. BERT and its kin can be built either way; the class that was saved decides."""
+    names = [*class_names, *(getattr(config, "architectures", None) or [])]
+    for name in names:
+        if "MaskedLM" in name:
+            return False
+        if "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name:
+            return True
+    return bool(getattr(config, "is_decoder", False)) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _position_offset(model: nn.Module) -> int:
+    """RoBERTa and its kin begin to count positions behind the padding index."""
+    for path, module in model.named_modules():
+        if path.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1  # pyright: ignore[reportArgumentType]
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def _location(cfg: LanguageModelConfig) -> str:
+    """Where the weights are: a folder or a name on the hub."""
+    if cfg.model_from_pretrained_path is not None:
+        return cfg.model_from_pretrained_path
+    return str(demo_folder()) if cfg.model_name == DEMO_NAME else cfg.model_name
+
+
+def _source(cfg: LanguageModelConfig) -> dict[str, Any]:
+    return {
+        "cache_dir": cfg.cache_dir,
+        "local_files_only": cfg.local_files_only,
+        "revision": cfg.revision,
+        "trust_remote_code": cfg.trust_remote_code,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for reading weights from disk and no chatter; downloads keep their bar. The user's settings come back afterwards."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(hook)
+        logging.set_verbosity(verbosity)
+
+
+def load_tokenizer(cfg: LanguageModelConfig) -> Any:
+    """The model's tokenizer: beside its weights, else at `model_name`.
+
+    Raises:
+        LanguageModelError: it cannot be loaded.
+    """
+    location = _location(cfg)
+    if Path(location).is_dir() and cfg.model_name != DEMO_NAME and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
+        location = cfg.model_name
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(location, **_source(cfg))
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise explain(error, location, "the tokenizer") from None
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
+    location = _location(cfg)
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(location, **_source(cfg))
+            if getattr(config, "is_encoder_decoder", False):
+                raise LanguageModelError(f"{location} is an encoder-decoder model ({config.model_type}); causal and encoder models are supported")
+            auto = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
+            model, report = auto.from_pretrained(
+                location, config=config, dtype=cfg.dtype, use_safetensors=True, output_loading_info=True, **_source(cfg)
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise explain(error, location, "the model") from None
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's pooler comes after the last hidden state
+    if missing:
+        raise LanguageModelError(f"the weights of {location} lack {len(missing)} tensors of a {type(model).__name__}, among them {missing[0]}")
+    return model.eval()
