@@ -36,7 +36,14 @@ from lm_saes.demo import corpus
 SEPARATOR, PAD = "<|endoftext|>", "<|pad|>"
 # A line break with its indentation is one piece, an identifier's words are pieces of their own: code costs few tokens and reads well.
 PIECES = r"\n+[ \t]*| ?[A-Z]?[a-z]+| ?[A-Z]+|_[A-Z]?[a-z]+|_[A-Z]+| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+"
-PACKAGES = {"numpy": "BSD-3-Clause", "networkx": "BSD-3-Clause", "sympy": "BSD-3-Clause", "pandas": "BSD-3-Clause", "torch": "BSD-3-Clause", "transformers": "Apache-2.0"}
+PACKAGES = {
+    "numpy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause",
+    "sympy": "BSD-3-Clause",
+    "pandas": "BSD-3-Clause",
+    "torch": "BSD-3-Clause",
+    "transformers": "Apache-2.0",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------------ text
@@ -117,7 +124,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):  # noqa: ANN001, ANN201
+    def step(self):
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -207,7 +214,10 @@ def main() -> None:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [Muon(matrices, args.lr, weight_decay=0.01), torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    optimizers = [
+        Muon(matrices, args.lr, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
     peak = [args.lr, args.lr / 5]
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:

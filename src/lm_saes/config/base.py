@@ -56,7 +56,6 @@ PathString = Annotated[str, BeforeValidator(lambda value: str(value) if isinstan
 """A path kept as text, so that configurations stay plain values; `pathlib.Path` is accepted."""
 
 
-
 class BaseConfig(BaseModel):
     """Base of every configuration: frozen, strict about names, with `replace` for a validated copy."""
 
@@ -67,9 +66,7 @@ class BaseConfig(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        cls._dtype_fields = frozenset(
-            name for name, field in cls.model_fields.items() if any(isinstance(mark, _DType) for mark in field.metadata)
-        )
+        cls._dtype_fields = frozenset(name for name, field in cls.model_fields.items() if any(isinstance(mark, _DType) for mark in field.metadata))
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +124,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        others = path.parent.iterdir() if path.parent.is_dir() else []
+        near = did_you_mean(path.name, [other.name for other in others if other.suffix == path.suffix and other.name != "pyproject.toml"])
         raise ConfigError(f"no config file at {path}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
@@ -232,7 +230,7 @@ def one_line(error: ValidationError) -> str:
     """A pydantic error as one line: where, what was wanted, what came; the number of further errors at the end."""
     errors = error.errors(include_url=False)
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part[:1].isupper()))
+    where = ".".join(str(part) for part in _without_tags(first["loc"]))
     what = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if first["type"] not in {"value_error", "missing"} and not isinstance(given, Mapping) else ""
@@ -240,7 +238,18 @@ def one_line(error: ValidationError) -> str:
     return f"{where}: {what}{shown}{more}" if where else f"{what}{shown}{more}"
 
 
+def _without_tags(location: Sequence[int | str]) -> list[int | str]:
+    """The location of an error without the member that pydantic names when it has chosen one of a union ('sae', 'sae' or 0, 'dataset')."""
+    tags = {"sae", "pretrained", "dataset", "activations"}
+    return [
+        part
+        for index, part in enumerate(location)
+        if index == 0 or part not in tags or (part != location[index - 1] and isinstance(location[index - 1], str) and part != "pretrained")
+    ]
+
+
 def load_settings(cls: type[ConfigT], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ConfigT:
     """Settings from a file (if any) with overrides laid over it: defaults < file < overrides."""
     data = read_config_file(path) if path is not None else {}
-    return validated(cls, merge(data, overrides or {}), origin=str(path) if path is not None else "")
+    origin = str(path) if path is not None else ""
+    return validated(cls, merge(data, overrides or {}), origin=f"{origin} with the command line's options" if origin and overrides else origin)

@@ -72,12 +72,16 @@ class SparseDictionaryConfig(BaseModelConfig):
     @model_validator(mode="after")
     def _joints(self) -> Self:
         if self.d_sae < 1:
-            raise ValueError(f"expansion_factor {self.expansion_factor:g} leaves no latent at d_model {self.d_model}; use at least {1 / self.d_model:g}")
+            raise ValueError(
+                f"expansion_factor {self.expansion_factor:g} leaves no latent at d_model {self.d_model}; use at least {1 / self.d_model:g}"
+            )
         if self.act_fn in {"topk", "batchtopk"} and self.top_k > self.d_sae:
             raise ValueError(f"top_k must be at most d_sae = {self.d_sae}, got {self.top_k}; lower top_k or raise expansion_factor")
         unknown = set(self.dataset_average_activation_norm or ()) - set(self.associated_hook_points)
         if unknown:
-            raise ValueError(f"dataset_average_activation_norm names {sorted(unknown)}, which are not hook points of this dictionary ({self.associated_hook_points})")
+            raise ValueError(
+                f"dataset_average_activation_norm names {sorted(unknown)}, which are not hook points of this dictionary ({self.associated_hook_points})"
+            )
         bad = {hook: norm for hook, norm in (self.dataset_average_activation_norm or {}).items() if not 0 < norm < float("inf")}
         if bad:
             raise ValueError(f"dataset_average_activation_norm must hold positive numbers, got {bad}")
@@ -127,7 +131,7 @@ def read_dictionary_config(folder: str | Path) -> tuple[dict[str, Any], dict[str
 class SAEConfig(SparseDictionaryConfig):
     """A sparse autoencoder, or a transcoder when `hook_point_out` differs from `hook_point_in`."""
 
-    sae_type: Literal["sae"] = "sae"
+    sae_type: Literal["sae"] = "sae"  # pyright: ignore[reportIncompatibleVariableOverride]
     act_fn: Literal["relu", "jumprelu", "topk", "batchtopk"] = "relu"  # pyright: ignore[reportIncompatibleVariableOverride]
     """The sparsifier."""
     hook_point_in: str

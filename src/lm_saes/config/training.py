@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import Annotated
 
 from lm_saes.config.base import BaseConfig, DType, PathString, Steps, _DType, dtype_name
 
@@ -72,9 +71,9 @@ class TrainerConfig(BaseConfig):
     """Adam, or Adam that applies updates only where the gradient is not zero."""
     optimizer_foreach: bool = True
     """Without effect (the fused implementation is used). Setting it warns."""
-    lr_scheduler_name: Literal["constant", "constantwithwarmup", "linearwarmupdecay", "cosineannealing", "cosineannealingwarmup", "exponentialwarmup"] = (
-        "constantwithwarmup"
-    )
+    lr_scheduler_name: Literal[
+        "constant", "constantwithwarmup", "linearwarmupdecay", "cosineannealing", "cosineannealingwarmup", "exponentialwarmup"
+    ] = "constantwithwarmup"
     """Shape of the learning rate over the run."""
     lr_end_ratio: float = Field(default=1 / 32, ge=0, le=1)
     """Final learning rate over the peak."""

@@ -1,0 +1,1 @@
+"""What a latent stands for: the contexts in which it fires hardest."""

@@ -1,0 +1,191 @@
+"""The command `lm-saes`. It only dispatches: settings are merged and checked by `lm_saes.config`, the work is done by `lm_saes.runners`.
+
+Heavy libraries are imported inside the commands, so that `--help` and a misspelt option answer at once. Whatever a user can mend ends in one
+line on standard error and exit code 2; an interruption ends in 130; only a bug shows a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
+from lm_saes.version import __version__
+
+if TYPE_CHECKING:
+    from lm_saes.config import TrainSAESettings
+
+app = App(
+    name="lm-saes",
+    version=__version__,
+    help="Sparse autoencoders and transcoders for language models. Start with `lm-saes demo`.",
+    help_format="markdown",
+    default_parameter=Parameter(negative=()),
+)
+show = App(name="show", help="A run's summary and a few of its features; or one feature.", default_parameter=Parameter(negative=()))
+app.command(show)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any setting: `--trainer.lr 1e-4 --sae.top_k 64`.")]
+
+
+@app.command
+def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = False) -> None:
+    """Train a sparse autoencoder on the bundled language model, evaluate it and show some of its features. Takes minutes, needs nothing else.
+
+    Parameters
+    ----------
+    out
+        The run's folder.
+    again
+        Start over although the folder holds a demo.
+    """
+    from lm_saes import commands
+
+    settings = _settings(recipe("demo"), overrides, out)
+    commands.demo(settings, again=again)
+
+
+@app.command
+def train(config: Path, *overrides: Overrides, resume: bool = False, dry_run: bool = False) -> None:
+    """Train an SAE or a transcoder from a settings file (TOML, YAML or JSON).
+
+    Parameters
+    ----------
+    config
+        The settings, or the name of a recipe that the package carries ("demo").
+    resume
+        Go on from the newest checkpoint in the run's folder.
+    dry_run
+        Train nothing: check everything, estimate memory, disk and time, and say whether it fits.
+    """
+    path = recipe(str(config)) if not config.suffix and not config.exists() else config
+    settings = _settings(path, overrides)
+    from lm_saes import commands
+
+    if dry_run:
+        commands.dry_run(settings)
+    else:
+        commands.train(settings, resume=resume)
+
+
+@app.command
+def evaluate(target: Path, *overrides: Overrides, baseline: str | None = None) -> None:
+    """Evaluate a run's dictionary on held-out text, or what a settings file (EvaluateSAESettings) names.
+
+    Parameters
+    ----------
+    target
+        A run's folder, or a settings file.
+    baseline
+        Evaluate a baseline beside it: `pca` has the rank of the dictionary's k.
+    """
+    if baseline not in (None, "pca"):
+        raise ConfigError(f"--baseline must be pca, got '{baseline}'{did_you_mean(str(baseline), ['pca'])}")
+    from lm_saes import commands
+
+    commands.evaluate(target, _overrides(overrides), baseline)
+
+
+@show.default
+def show_run(run: Path, *, n: int = 6) -> None:
+    """A run's summary and a few of its features.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    n
+        How many features.
+    """
+    from lm_saes import commands
+
+    commands.show_run(run, n)
+
+
+@show.command(name="feature")
+def show_feature(run: Path, index: int, *, n: int = 10, tokens: int = 200_000) -> None:
+    """One feature: the contexts of the held-out text in which it fires hardest.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    index
+        The latent's number.
+    n
+        How many contexts.
+    tokens
+        How much text to search.
+    """
+    from lm_saes import commands
+
+    commands.show_feature(run, index, n, tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------- pieces
+
+
+def recipe(name: str) -> Path:
+    """A settings file that the package carries (in the wheel, or beside the sources of an editable install).
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    package = Path(__file__).parent
+    folders = [package / "recipes", package.parent.parent / "recipes"]
+    for folder in folders:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted(path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.toml"))
+    raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known)} Recipes: {', '.join(known)}")
+
+
+def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
+    from lm_saes.config.base import parse_overrides
+
+    return parse_overrides(words)
+
+
+def _settings(path: Path, words: tuple[str, ...], out: Path | None = None) -> TrainSAESettings:
+    from lm_saes.config import TrainSAESettings, load_settings
+    from lm_saes.config.base import merge
+
+    table = _overrides(words)
+    if out is not None:
+        table = merge({"trainer": {"exp_result_path": str(out)}}, table)
+    return load_settings(TrainSAESettings, path, table)
+
+
+def main() -> None:
+    """The entry point: runs the command line and turns what a user can mend into one line and an exit code."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(" ".join(str(error).split()))
+    except LmSaesError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"the disk is full{f' (writing {error.filename})' if error.filename else ''}; free some space and run again with --resume")
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            _fail(f"no permission to write {error.filename}; choose another folder")
+        raise
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The floors of docs/architecture.md, held by the import graph; and what may be loaded when."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lm_saes
+
+ROOT = Path(lm_saes.__file__).parent
+FLOORS = {
+    "errors": 0, "version": 0, "config": 0, "demo": 0,
+    "devices": 1, "ops": 1,
+    "models": 2, "losses": 2,
+    "lm": 3, "activations": 3.5,
+    "training": 4, "evaluation": 4, "analysis": 4,
+    "display": 5, "runners": 5, "estimate": 5, "commands": 5, "cli": 5,
+}  # fmt: skip
+ONE_ROOM_ONLY = {"transformers": ("lm/huggingface.py",), "transformer_lens": ("lm/transformer_lens.py",), "datasets": ("activations/text.py",)}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: write imports in full"
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_downward(path):
+    own = FLOORS[room(path)]
+    for name in imported(path):
+        if name.startswith("lm_saes."):
+            other = name.split(".")[1]
+            if other in FLOORS:
+                assert FLOORS[other] <= own, f"{path.relative_to(ROOT)} (floor {own}) imports {name} (floor {FLOORS[other]})"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_heavy_libraries_have_one_importer(path):
+    for library, homes in ONE_ROOM_ONLY.items():
+        if path.relative_to(ROOT).as_posix() not in homes:
+            assert not any(name.split(".")[0] == library for name in imported(path)), f"{path} imports {library}"
+
+
+def test_there_is_no_circle_of_rooms():
+    edges = {}
+    for path in modules():
+        edges.setdefault(room(path), set()).update(name.split(".")[1] for name in imported(path) if name.startswith("lm_saes."))
+    done, walking = set(), []
+
+    def walk(node):
+        assert node not in walking, f"circle: {' -> '.join([*walking, node])}"
+        if node in done:
+            return
+        walking.append(node)
+        for other in sorted(edges.get(node, ())):
+            if other != node and other in FLOORS:
+                walk(other)
+        done.add(walking.pop())
+
+    for node in sorted(edges):
+        walk(node)
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+HEAVY = ["torch", "transformers", "datasets", "fastapi", "wandb", "matplotlib", "numpy", "pandas"]
+
+
+def test_importing_the_package_and_its_configs_loads_nothing_heavy():
+    loaded = run_python(
+        f"import sys, lm_saes; from lm_saes import SAEConfig, TrainSAESettings; print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_help_loads_nothing_heavy():
+    code = f"import sys\nsys.argv = ['lm-saes', '--help']\nfrom lm_saes.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint([name for name in {HEAVY} if name in sys.modules])"
+    assert run_python(code).strip().splitlines()[-1] == "[]"
+
+
+def test_import_is_quick():
+    """0.15 s is the promise; the best of five keeps a busy machine out of the figure."""
+    best = min(float(run_python("import time; start = time.perf_counter(); import lm_saes; print(time.perf_counter() - start)")) for _ in range(5))
+    assert best < 0.15
+
+
+def test_help_is_quick():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "lm_saes.cli", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
