@@ -119,7 +119,9 @@ def preactivation_loss(dictionary: SparseDictionary, inputs: LossInputs) -> Floa
     """
     threshold = dictionary.activation_function.learned_threshold()
     if threshold is None:
-        raise ConfigError(f"lp_coefficient is the weight of JumpReLU's pre-activation loss; got act_fn '{dictionary.cfg.act_fn}', set lp_coefficient to none")
+        raise ConfigError(
+            f"lp_coefficient is the weight of JumpReLU's pre-activation loss; got act_fn '{dictionary.cfg.act_fn}', set lp_coefficient to none"
+        )
     encoder = dictionary.encoder()
     missing = (threshold - ops.gate_values(ops.pre_activations(inputs.x, encoder), encoder)).relu()
     if encoder.gate_norm is None:
@@ -140,7 +142,7 @@ def auxk_loss(dictionary: SparseDictionary, inputs: LossInputs, k_aux: int = 512
         return target.new_zeros(())
     error = (target - at_least_float32(inputs.forward.reconstruction)).detach()
     codes = ops.topk_codes(inputs.x, dictionary.encoder().select(dead), k_aux)
-    unexplained = masked_mean(_squared_error(dictionary.decode_directions(codes, dead), error), inputs.mask)
+    unexplained = masked_mean(_squared_error(dictionary.decode_latents(codes, dead), error), inputs.mask)
     scale = masked_mean(error.square().sum(-1), inputs.mask)
     return torch.where(scale > 0, label_variance(target.detach(), inputs.mask) / torch.where(scale > 0, scale, 1.0), 0.0) * unexplained
 
@@ -148,8 +150,8 @@ def auxk_loss(dictionary: SparseDictionary, inputs: LossInputs, k_aux: int = 512
 def label_variance(target: Float[Tensor, "N D"], mask: Bool[Tensor, " N"] | None = None) -> Float[Tensor, ""]:
     """V: the variance of the labels in the mask, summed over dimensions."""
     target = at_least_float32(target)
-    rows = torch.ones_like(target[:, 0]) if mask is None else mask.to(target.dtype)
-    mean = rows @ torch.where(rows[:, None] > 0, target, 0.0) / rows.sum().clamp(min=1)
+    n_rows = max(len(target), 1) if mask is None else mask.sum().clamp(min=1)
+    mean = (target if mask is None else torch.where(mask[:, None], target, 0.0)).sum(0) / n_rows
     return masked_mean((target - mean).square().sum(-1), mask)
 
 

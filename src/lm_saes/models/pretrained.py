@@ -1,0 +1,168 @@
+"""Dictionaries on disk: a folder with `config.json` and `sae_weights.safetensors`, each written whole or not at all, read strictly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lm_saes.config import SparseDictionaryConfig
+from lm_saes.config.base import dtype_name, validated
+from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
+from lm_saes.devices import resolve_device
+from lm_saes.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from lm_saes.models.sparse_dictionary import SparseDictionary
+
+WEIGHTS_FILE = "sae_weights.safetensors"
+_MODE = "norm_activation"
+"""Key in the weights file's header: the mode that the weights belong to, so that folded weights beside an unfolded config are found out."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+DictionaryT = TypeVar("DictionaryT", bound="SparseDictionary")
+
+
+def build(cls: type[DictionaryT], cfg: SparseDictionaryConfig, device_mesh: Any = None) -> DictionaryT:
+    """See `SparseDictionary.from_config`."""
+    if device_mesh is not None:
+        raise ConfigError("device_mesh must be None: this version trains and runs a dictionary on one device")
+    return _variant(cls, cfg.sae_type)[1](cfg)
+
+
+def load(
+    cls: type[DictionaryT], folder: str | Path, device_mesh: Any, fold_activation_scale: bool, strict: bool, overrides: Mapping[str, Any]
+) -> DictionaryT:
+    """See `SparseDictionary.from_pretrained`."""
+    folder = Path(folder)
+    table, provenance = read_dictionary_config(folder)
+    asked = {name: value for name, value in overrides.items() if not (name == "dtype" and value is None)}
+    cfg = validated(_variant(cls, table.get("sae_type"), folder)[0], {**table, **asked}, origin=str(folder / CONFIG_FILE))
+    tensors = read_weights(folder / WEIGHTS_FILE, table.get(_MODE))
+    # On "meta" nothing is allocated or drawn that the saved tensors then replace; where some may be missing, they keep their start.
+    dictionary = build(cls, cfg.replace(device="meta" if strict else "cpu"), device_mesh)
+    _check(folder / WEIGHTS_FILE, dictionary.state_dict(), tensors, strict)
+    dictionary.load_state_dict(tensors, strict=strict, assign=True)
+    dtype = cfg.dtype if "dtype" in asked else _weight_dtype(dictionary)
+    dictionary.to(device=resolve_device(cfg.device), dtype=dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    dictionary.cfg = cfg.replace(dtype=dtype_name(dtype))
+    dictionary.provenance = provenance
+    if fold_activation_scale and cfg.norm_activation != "inference":
+        dictionary.fold_activation_scale()
+    return dictionary.eval()
+
+
+def save(dictionary: SparseDictionary, folder: str | Path, fold_activation_scale: bool = False) -> None:
+    """See `SparseDictionary.save_pretrained`. Both files are written beside their places, flushed to the disk, and then moved there."""
+    if fold_activation_scale:
+        dictionary = copy.deepcopy(dictionary)
+        dictionary.fold_activation_scale()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        dictionary.cfg.save_hyperparameters(work, dictionary.provenance)
+        _write(dictionary, work / WEIGHTS_FILE)
+        _flush(work / CONFIG_FILE)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(work / name, folder / name)
+        _flush(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
+    """See `SparseDictionary.save_checkpoint`."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"weights are saved as .safetensors, got '{path.name}'")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    try:
+        _write(dictionary, work)
+        os.replace(work, path)
+        _flush(path.parent)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a weights file, on the CPU.
+
+    Raises:
+        WeightsError: no such file, not readable as safetensors, tensors that are not floating-point, or weights of another
+            normalisation than the config says.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no {path.name} in {path.parent}; a saved dictionary is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            mode = (file.metadata() or {}).get(_MODE)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the file is not a dict
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
+    if norm_activation is not None and mode is not None and mode != norm_activation:
+        raise WeightsError(f"{path} holds weights of norm_activation '{mode}', its {CONFIG_FILE} says '{norm_activation}'; save the dictionary again")
+    odd = [f"{name} ({str(tensor.dtype).removeprefix('torch.')})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    if odd:
+        raise WeightsError(f"{path}: wanted float16, bfloat16, float32 or float64, got {', '.join(odd)}")
+    return tensors
+
+
+def _check(path: Path, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], strict: bool) -> None:
+    """Names and shapes, all differences in one line. Shapes must agree in any case."""
+    faults = [
+        f"{name} has shape {list(got[name].shape)}, wanted {list(wanted[name].shape)}"
+        for name in wanted
+        if name in got and got[name].shape != wanted[name].shape
+    ]
+    if strict:
+        faults += [f"{name} is missing" for name in wanted if name not in got]
+        faults += [f"{name} is unexpected" for name in got if name not in wanted]
+    if faults:
+        remedy = "" if not strict else "; check config.json, or pass strict_loading=False for missing or unexpected tensors"
+        raise WeightsError(f"{path} does not match its {CONFIG_FILE}: {', '.join(faults)}{remedy}")
+
+
+def _weight_dtype(dictionary: SparseDictionary) -> torch.dtype:
+    """The narrowest type that holds all weights; thresholds, which are wider by rule, aside."""
+    thresholds = {id(parameter) for parameter in dictionary.activation_function.parameters()}
+    return functools.reduce(torch.promote_types, (parameter.dtype for parameter in dictionary.parameters() if id(parameter) not in thresholds))
+
+
+def _write(dictionary: SparseDictionary, path: Path) -> None:
+    # One key only: the header's order of several is not fixed, and the same weights shall give the same bytes.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
+    save_file(tensors, path, metadata={_MODE: dictionary.cfg.norm_activation})
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _variant(cls: type[DictionaryT], sae_type: Any, folder: Path | None = None) -> tuple[type[SparseDictionaryConfig], type[DictionaryT]]:
+    from lm_saes.models import VARIANTS  # the table names the variants, which are built on this file
+
+    if sae_type not in VARIANTS:
+        where = f"{folder / CONFIG_FILE}: " if folder else ""
+        raise ConfigError(f"{where}sae_type must be one of {', '.join(VARIANTS)}, got {sae_type!r}")
+    cfg_class, variant = VARIANTS[sae_type]
+    if not issubclass(variant, cls):
+        raise ConfigError(f"sae_type '{sae_type}' is a {variant.__name__}, not a {cls.__name__}; call {variant.__name__}.from_pretrained")
+    return cfg_class, variant

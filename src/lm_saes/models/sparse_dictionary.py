@@ -1,0 +1,404 @@
+"""What all sparse dictionaries share: spaces and scales, running, folding, statistics, the loss.
+
+A dictionary works in its own space, which is that of normalised activations, or of raw ones once the scale is folded into the
+weights (`norm_activation="inference"`). `normalize_activations` leads there and `denormalize_activations` back; `features`,
+`reconstruct` and `features_and_reconstruction` take raw activations in every mode.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from lm_saes import losses, ops
+from lm_saes.config import SparseDictionaryConfig
+from lm_saes.devices import resolve_device, widest_float
+from lm_saes.errors import ConfigError, FoldingError
+from lm_saes.models import normalization, pretrained
+from lm_saes.models.activation_functions import ActivationFunction, make_activation_function
+from lm_saes.ops import Codes, SparseCodes
+
+Batch = Mapping[str, Any]
+"""Activations by hook point, `mask`, and whatever else the stream says (docs/architecture.md)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a dictionary makes of N tokens, in its own space."""
+
+    codes: Codes
+    """The gated h: dense, or sparse for the TopK family."""
+    reconstruction: Float[Tensor, "N D"]
+
+
+class SparseDictionary(nn.Module, ABC):
+    """Base of the dictionaries. A variant brings parameters, an encoder, a decoder, and what folding does to them.
+
+    Args:
+        cfg: the shape. Weights get `cfg.dtype` on `cfg.device`.
+
+    Raises:
+        DeviceError: this machine does not have `cfg.device`.
+    """
+
+    running_activation_norms: Tensor | None
+    """batch-wise only: the running mean norm at each hook point of `cfg.associated_hook_points`; 0 before the first step."""
+
+    def __init__(self, cfg: SparseDictionaryConfig) -> None:
+        super().__init__()
+        _warn_of_kernel_options(cfg)
+        device = resolve_device(cfg.device)
+        self.cfg = cfg
+        self.provenance: dict[str, Any] = {}
+        """Where the dictionary comes from; written into and read from `config.json`."""
+        self.current_k: int = cfg.top_k
+        """k of the TopK family, `cfg.top_k` unless it is being annealed."""
+        self.activation_function: ActivationFunction = make_activation_function(cfg, device, torch.empty(0, dtype=cfg.dtype).dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        norms = (
+            torch.zeros(len(cfg.associated_hook_points), device=device, dtype=widest_float(device)) if cfg.norm_activation == "batch-wise" else None
+        )
+        self.register_buffer("running_activation_norms", norms)
+        self._measured_norms: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------- what a variant brings
+
+    @abstractmethod
+    def encoder(self) -> ops.Encoder:
+        """The tensors of the encoder product, and the decoder norms where the gate includes them."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Float[Tensor, "*shape D"]:
+        """The reconstruction, b_D included, of codes [..., F] or of sparse codes."""
+
+    @abstractmethod
+    def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:
+        """The sum of decoder rows without b_D, for codes [N, M] over some latents only."""
+
+    @abstractmethod
+    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, " F"]:
+        """||W_D row|| of each latent in at least float32, differentiable; with `keepdim` [F, 1]."""
+
+    @abstractmethod
+    def prepare_input(self, batch: Batch) -> Float[Tensor, "*shape D"]:
+        """What the encoder reads, in the weights' data type."""
+
+    @abstractmethod
+    def prepare_label(self, batch: Batch) -> Float[Tensor, "*shape D"]:
+        """What is to be reconstructed, in the weights' data type."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    @abstractmethod
+    def _scale_parameters_(self, scales: Mapping[str, float]) -> None:
+        """Fold the scale of each hook point into the parameters, thresholds included."""
+
+    @abstractmethod
+    def log_statistics(self) -> dict[str, float]:
+        """Norms and thresholds worth logging, by metric name."""
+
+    # ------------------------------------------------------------------------------------------- own space
+
+    def run(self, x: Float[Tensor, "N D"], k: int | None = None, mask: Bool[Tensor, " N"] | None = None) -> Forward:
+        """Codes and reconstruction of N tokens, with sparse codes where the activation function selects.
+
+        Args:
+            k: k of the TopK family; None is `current_k`. In eval mode BatchTopK gates by its threshold instead.
+            mask: tokens that BatchTopK selects over in training; the others get empty codes.
+        """
+        codes = self.activation_function(x.to(self.dtype), self.encoder(), self.current_k if k is None else k, mask)
+        return Forward(codes, self.decode(codes))
+
+    @overload
+    def encode(self, x: Tensor, return_hidden_pre: Literal[False] = False, k: int | None = None) -> Tensor: ...
+    @overload
+    def encode(self, x: Tensor, return_hidden_pre: Literal[True], k: int | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def encode(self, x: Float[Tensor, "*shape D"], return_hidden_pre: bool = False, k: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Dense codes [..., F]; with `return_hidden_pre` also the pre-activations h [..., F]."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        encoder = self.encoder()
+        codes = ops.to_dense(self.activation_function(rows, encoder, self.current_k if k is None else k)).view(*x.shape[:-1], -1)
+        return (codes, ops.pre_activations(rows, encoder).view(*x.shape[:-1], -1)) if return_hidden_pre else codes
+
+    def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """The reconstruction in the dictionary's own space."""
+        return self.run(x.reshape(-1, x.shape[-1])).reconstruction.view(*x.shape[:-1], -1)
+
+    def set_current_k(self, k: int) -> None:
+        """Set k of the TopK family."""
+        if not 0 <= k <= self.cfg.d_sae:
+            raise ConfigError(f"k must lie between 0 and d_sae = {self.cfg.d_sae}, got {k}")
+        self.current_k = int(k)
+
+    # ------------------------------------------------------------------------------------------- raw space
+
+    def compute_norm_factor(self, x: Float[Tensor, "*shape D"], hook_point: str, mask: Bool[Tensor, "*shape"] | None = None) -> Tensor:
+        """s at a hook point, broadcastable to the raw activations x: [..., 1] for token-wise, else a scalar.
+
+        Raises:
+            ConfigError: the mode needs a norm that was not measured yet.
+        """
+        if self.cfg.norm_activation == "token-wise":
+            return normalization.scale_for(normalization.vector_norms(x), self.cfg.d_model).unsqueeze(-1)
+        if self.cfg.norm_activation == "batch-wise" and self.training:
+            return normalization.scale_for(normalization.mean_norm(x, mask), self.cfg.d_model)
+        return torch.full((), self._constant_scale(hook_point), dtype=widest_float(x.device), device=x.device)
+
+    def _constant_scale(self, hook_point: str) -> float:
+        """s where it is one number for all activations: dataset-wise, batch-wise in eval mode, inference."""
+        norm: float | None = None
+        match self.cfg.norm_activation:
+            case "inference":
+                return 1.0
+            case "dataset-wise":
+                norm = (self.cfg.dataset_average_activation_norm or {}).get(hook_point)
+                remedy = "initialise with an activation stream, or call set_dataset_average_activation_norm"
+            case _:
+                assert self.running_activation_norms is not None
+                norm = self.running_activation_norms.tolist()[self.cfg.associated_hook_points.index(hook_point)]
+                remedy = "train first; the running mean is that of training"
+        if not norm:
+            raise ConfigError(f"norm_activation '{self.cfg.norm_activation}' has no mean norm for hook point '{hook_point}'; {remedy}")
+        return math.sqrt(self.cfg.d_model) / norm
+
+    def normalize_activations(self, batch: Batch, return_scale_factor: bool = False) -> Any:
+        """The batch with the activations of this dictionary's hook points scaled into its own space; hook points that the batch lacks are
+        left out. In training, batch-wise norms are noted for the next `update_statistics`.
+
+        Returns:
+            the batch, or with `return_scale_factor` (batch, {hook point: factor}).
+        """
+        factors: dict[str, Tensor] = {}
+        scaled = dict(batch)
+        for hook_point in self.cfg.associated_hook_points:
+            if hook_point in batch:
+                x = batch[hook_point]
+                factors[hook_point] = self.compute_norm_factor(x, hook_point, batch.get("mask"))
+                scaled[hook_point] = x.to(self.dtype) if self.cfg.norm_activation == "inference" else self._scaled(x, factors[hook_point])
+        if self.running_activation_norms is not None and self.training:
+            norms = [normalization.mean_norm(batch[hook], batch.get("mask")) if hook in batch else None for hook in self.cfg.associated_hook_points]
+            zero = torch.zeros((), device=self.running_activation_norms.device)
+            self._measured_norms = torch.stack([zero if norm is None else norm.detach().to(zero) for norm in norms])
+        return (scaled, factors) if return_scale_factor else scaled
+
+    def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x * factor, multiplied in at least float32 and then given the weights' data type."""
+        return (ops.at_least_float32(x).to(torch.promote_types(self.dtype, torch.float32)) * factor).to(self.dtype)
+
+    def denormalize_activations(self, batch: Batch, scale_factors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The way back: the activations named in `scale_factors` divided by them."""
+        return {**batch, **{hook: (batch[hook] / factor).to(batch[hook].dtype) for hook, factor in scale_factors.items() if hook in batch}}
+
+    def features(self, batch: Batch) -> Float[Tensor, "*shape F"]:
+        """Dense codes of raw activations."""
+        return self.encode(self.prepare_input(self.normalize_activations(batch)))
+
+    def reconstruct(self, batch: Batch) -> Float[Tensor, "*shape D"]:
+        """Reconstruction of the raw activations at `hook_point_out` from raw activations. Where the scale is taken from the batch
+        (token-wise; batch-wise in training), the batch must hold that hook point too."""
+        return self.features_and_reconstruction(batch)[1]
+
+    def features_and_reconstruction(self, batch: Batch) -> tuple[Float[Tensor, "*shape F"], Float[Tensor, "*shape D"]]:
+        """Dense codes and the raw reconstruction, in one pass."""
+        normalized, factors = self.normalize_activations(batch, return_scale_factor=True)
+        codes = self.encode(self.prepare_input(normalized))
+        (hook_out,) = self.cfg.hooks_out
+        if hook_out not in factors and (self.cfg.norm_activation == "token-wise" or (self.cfg.norm_activation == "batch-wise" and self.training)):
+            raise ConfigError(
+                f"norm_activation '{self.cfg.norm_activation}' takes the scale of '{hook_out}' from the batch, which holds {sorted(batch)}"
+            )
+        factor = factors.get(hook_out, self._constant_scale(hook_out) if hook_out not in factors else 1.0)
+        return codes, self.decode(codes) / factor
+
+    def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
+        """Set the mean norm of raw activations at each hook point.
+
+        Raises:
+            ConfigError: the mode is not dataset-wise, or a hook point is missing or unknown, or a norm not positive.
+        """
+        if self.cfg.norm_activation != "dataset-wise":
+            raise ConfigError(f"a dataset's mean norms belong to norm_activation 'dataset-wise', got '{self.cfg.norm_activation}'")
+        missing = set(self.cfg.associated_hook_points) - set(norms)
+        if missing:
+            raise ConfigError(f"mean norms are missing for {sorted(missing)}")
+        self.cfg = self.cfg.replace(dataset_average_activation_norm={hook: float(norm) for hook, norm in norms.items()})
+
+    @torch.no_grad()
+    def fold_activation_scale(self) -> None:
+        """Fold the activation scale into the weights, in place: from here on the dictionary's own space is that of raw activations.
+
+        Codes become codes / s_in; reconstructions of raw activations stay what they were. The configuration becomes "inference".
+
+        Raises:
+            FoldingError: there is no constant scale (token-wise), none was measured, or it was folded already.
+        """
+        mode = self.cfg.norm_activation
+        if mode == "inference":
+            raise FoldingError("the activation scale was folded already (norm_activation is 'inference')")
+        if mode == "token-wise":
+            raise FoldingError("norm_activation 'token-wise' has a scale for each vector and cannot be folded; pass fold_activation_scale=False")
+        try:
+            scales = {hook: self._constant_scale(hook) for hook in self.cfg.associated_hook_points}
+        except ConfigError as error:
+            raise FoldingError(f"cannot fold: {error} (or pass fold_activation_scale=False)") from None
+        self._scale_parameters_(scales)
+        self.running_activation_norms = self._measured_norms = None
+        self.cfg = self.cfg.replace(norm_activation="inference", dataset_average_activation_norm=None)
+
+    # ------------------------------------------------------------------------------------------- training
+
+    @torch.no_grad()
+    def update_statistics(self, forward: Forward, x: Float[Tensor, "N D"], mask: Bool[Tensor, " N"] | None = None) -> None:  # noqa: ARG002
+        """Once per optimizer step: move BatchTopK's threshold by the codes of the step, and the running norms of batch-wise by those
+        that `normalize_activations` noted last. (Codes outside the mask are empty, so the mask itself adds nothing.)"""
+        self.activation_function.update_statistics(forward.codes, self.encoder())
+        if self.running_activation_norms is not None and self._measured_norms is not None:
+            normalization.update_running_norms_(self.running_activation_norms, self._measured_norms)
+            self._measured_norms = None
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Set BatchTopK's threshold from normalised batches: the mean over batches of the smallest selected gate value."""
+        self.activation_function.calibrate(((_rows(self.prepare_input(b)), _row_mask(b)) for b in batches), self.encoder(), self.current_k)
+
+    def get_parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer: "others", and "jumprelu" where thresholds are learned."""
+        learned = list(self.activation_function.parameters())
+        others = [parameter for parameter in self.parameters() if not any(parameter is threshold for threshold in learned)]
+        return [{"params": others, "name": "others"}, *([{"params": learned, "name": "jumprelu"}] if learned else [])]
+
+    def compute_loss(
+        self,
+        batch: Batch,
+        *,
+        sparsity_loss_type: Literal["power", "tanh", "tanh-quad"] | None = None,
+        tanh_stretch_coefficient: float = 4.0,
+        frequency_scale: float = 0.01,
+        p: float = 1,
+        l1_coefficient: float | None = 1.0,
+        lp_coefficient: float | None = None,
+        auxk_coefficient: float | None = None,
+        k_aux: int = 512,
+        update_dead_statistics: Callable[[Codes, Tensor | None], Tensor] | None = None,
+        return_aux_data: bool = True,
+    ) -> Any:
+        """The training loss of a normalised batch (`normalize_activations`). The terms are those of `lm_saes.losses`.
+
+        Args:
+            l1_coefficient: weight of the sparsity loss; None is 1.
+            lp_coefficient: weight of JumpReLU's pre-activation loss; None leaves it out.
+            auxk_coefficient: weight of AuxK; None leaves it out.
+            update_dead_statistics: (codes, mask) -> which latents are dead [F]; without it none is.
+
+        Returns:
+            the loss, or with `return_aux_data` (loss, {"losses": weighted terms by name, "forward", "x", "target", "mask", "dead"}).
+        """
+        x, target, mask = _rows(self.prepare_input(batch)), _rows(self.prepare_label(batch)), _row_mask(batch)
+        forward = self.run(x, mask=mask)
+        dead = None if update_dead_statistics is None else update_dead_statistics(forward.codes, mask)
+        weights = losses.LossWeights(
+            sparsity_loss_type=sparsity_loss_type,
+            sparsity=1.0 if l1_coefficient is None else l1_coefficient,
+            tanh_stretch_coefficient=tanh_stretch_coefficient,
+            frequency_scale=frequency_scale,
+            p=p,
+            lp=lp_coefficient,
+            auxk=auxk_coefficient,
+            k_aux=k_aux,
+        )
+        loss, terms = losses.total_loss(self, losses.LossInputs(x, target, forward, mask, dead), weights)
+        return (loss, {"losses": terms, "forward": forward, "x": x, "target": target, "mask": mask, "dead": dead}) if return_aux_data else loss
+
+    # ------------------------------------------------------------------------------------------- making, saving, loading
+
+    @classmethod
+    def from_config(cls, cfg: SparseDictionaryConfig, device_mesh: Any = None) -> Self:
+        """A dictionary of that shape with a small random start; `Initializer` gives it a good one.
+
+        Raises:
+            ConfigError: a device mesh is given.
+            DeviceError: this machine does not have `cfg.device`.
+        """
+        return pretrained.build(cls, cfg, device_mesh)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        device_mesh: Any = None,
+        fold_activation_scale: bool = True,
+        strict_loading: bool = True,
+        **cfg_overrides: Any,
+    ) -> Self:
+        """A saved dictionary, in eval mode.
+
+        Args:
+            pretrained_name_or_path: a folder with `config.json` and `sae_weights.safetensors`.
+            fold_activation_scale: fold the activation scale unless that was done before saving, so that the dictionary takes raw activations.
+            strict_loading: refuse missing and unexpected tensors.
+            cfg_overrides: fields of the configuration, such as `device`; `dtype=None` keeps the data type of the saved tensors.
+
+        Raises:
+            WeightsError: no such folder, or its files are damaged or do not match.
+            FoldingError: the scale cannot be folded.
+            ConfigError: an override is wrong.
+        """
+        return pretrained.load(cls, pretrained_name_or_path, device_mesh, fold_activation_scale, strict_loading, cfg_overrides)
+
+    @classmethod
+    def from_local(cls, path: str | Path, **options: Any) -> Self:
+        """`from_pretrained` of a folder."""
+        return cls.from_pretrained(path, **options)
+
+    def save_pretrained(self, folder: str | Path, fold_activation_scale: bool = False) -> None:
+        """Write `config.json` and `sae_weights.safetensors` into a folder, which is made if need be. With `fold_activation_scale` a folded
+        copy is written; this dictionary stays as it is."""
+        pretrained.save(self, folder, fold_activation_scale)
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write the weights alone, as `<name>.safetensors`."""
+        pretrained.save_weights(self, path)
+
+
+def _rows(x: Float[Tensor, "*shape D"]) -> Float[Tensor, "N D"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _row_mask(batch: Batch) -> Bool[Tensor, " N"] | None:
+    mask = batch.get("mask")
+    return None if mask is None else mask.reshape(-1).bool()
+
+
+_warned_of_kernel_options = False
+
+
+def _warn_of_kernel_options(cfg: SparseDictionaryConfig) -> None:
+    global _warned_of_kernel_options
+    fields = type(cfg).model_fields
+    names = [name for name in ("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel") if getattr(cfg, name) != fields[name].default]
+    if names and not _warned_of_kernel_options:
+        _warned_of_kernel_options = True
+        warnings.warn(
+            f"{' and '.join(names)} have no effect: lm_saes.ops chooses the kernel (lm_saes.ops.explain() says which)", UserWarning, stacklevel=4
+        )
+
+
+__all__ = ["Batch", "Codes", "Forward", "SparseCodes", "SparseDictionary"]

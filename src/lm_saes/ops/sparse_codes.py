@@ -1,0 +1,107 @@
+"""The sparse form of codes, and the little algebra on codes of either form that losses and metrics need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """Codes of N tokens over F latents, row by row (CSR-like).
+
+    Row n holds the entries `offsets[n] : offsets[n + 1]`, no latent twice. Entries may be zero: selection has a constant number
+    of entries per token (TopK) or per batch (BatchTopK), and those that did not fire are zeros without gradient. Gradients flow
+    through `values`.
+    """
+
+    values: Float[Tensor, " nnz"]
+    indices: Int64[Tensor, " nnz"]
+    """The latent of each entry."""
+    offsets: Int64[Tensor, " N+1"]
+    n_latents: int
+    """F."""
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return self.offsets.numel() - 1
+
+    @property
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """The token of each entry."""
+        numbers = torch.arange(self.n_rows, device=self.offsets.device)
+        return numbers.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+
+    def to_dense(self) -> Float[Tensor, "N F"]:
+        """The same codes as a matrix; differentiable."""
+        flat = self.values.new_zeros(self.n_rows * self.n_latents)
+        return flat.index_add(0, self.rows * self.n_latents + self.indices, self.values).view(self.n_rows, self.n_latents)
+
+    def counts(self) -> Int64[Tensor, " N"]:
+        """L0: the number of non-zero entries of each row."""
+        return torch.zeros_like(self.offsets[1:]).index_add(0, self.rows, (self.values != 0).long())
+
+    @classmethod
+    def from_dense(cls, codes: Float[Tensor, "N F"]) -> SparseCodes:
+        """The non-zero entries of a matrix; differentiable in them."""
+        rows, indices = codes.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=codes.shape[0])
+        return cls(codes[rows, indices], indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), codes.shape[1])
+
+
+Codes = Tensor | SparseCodes
+"""Dense [N, F], or sparse."""
+
+
+def to_dense(codes: Codes) -> Float[Tensor, "N F"]:
+    """Codes of either form as a matrix."""
+    return codes.to_dense() if isinstance(codes, SparseCodes) else codes
+
+
+def counts(codes: Codes) -> Int64[Tensor, " N"]:
+    """L0 of each row."""
+    return codes.counts() if isinstance(codes, SparseCodes) else (codes != 0).sum(-1)
+
+
+def entries(codes: Codes) -> Tensor:
+    """All stored entries, zeros among them."""
+    return codes.values if isinstance(codes, SparseCodes) else codes
+
+
+def map_codes(codes: Codes, function: Callable[[Tensor], Tensor]) -> Codes:
+    """`function` of every entry, in the same form. It must be elementwise and map zero to zero."""
+    if isinstance(codes, SparseCodes):
+        return SparseCodes(function(codes.values), codes.indices, codes.offsets, codes.n_latents)
+    return function(codes)
+
+
+def scale_latents(codes: Codes, scale: Float[Tensor, " F"]) -> Codes:
+    """Each latent times its own factor, in the same form, in at least float32."""
+    if isinstance(codes, SparseCodes):
+        return SparseCodes(at_least_float32(codes.values) * scale[codes.indices], codes.indices, codes.offsets, codes.n_latents)
+    return at_least_float32(codes) * scale
+
+
+def row_sums(codes: Codes) -> Float[Tensor, " N"]:
+    """The sum of each row."""
+    if isinstance(codes, SparseCodes):
+        return codes.values.new_zeros(codes.n_rows).index_add(0, codes.rows, codes.values)
+    return codes.sum(-1)
+
+
+def latent_sums(codes: Codes, row_weights: Float[Tensor, " N"]) -> Float[Tensor, " F"]:
+    """The weighted sum of each latent over the rows."""
+    if isinstance(codes, SparseCodes):
+        weighted = codes.values * row_weights[codes.rows].to(codes.values.dtype)
+        return weighted.new_zeros(codes.n_latents).index_add(0, codes.indices, weighted)
+    return (row_weights.to(codes.dtype)[:, None] * codes).sum(0)  # not a matrix product: autocast would make it in half precision
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float32 for narrower floats, else unchanged: comparisons and sums are never made in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
