@@ -8,6 +8,7 @@ streamed table as it comes. There are no silent epochs: when the documents are u
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import json
 from abc import ABC, abstractmethod
@@ -253,7 +254,8 @@ class _Sequential:
 
     def __init__(self, source: StreamedTable) -> None:
         self._source = source
-        self._rows: Iterator[Mapping[str, Any]] = iter(source.table)
+        self._table = copy.deepcopy(source.table)  # it carries its position, which is ours alone
+        self._rows: Iterator[Mapping[str, Any]] = iter(self._table)
         self._position = 0
 
     def read(self) -> Document:
@@ -263,11 +265,11 @@ class _Sequential:
         return record_document(name, row, self._source.field)
 
     def state(self) -> Any:
-        return {"position": self._position, "table": self._source.table.state_dict()}
+        return {"position": self._position, "table": self._table.state_dict()}
 
     def load(self, state: Any) -> None:
-        self._source.table.load_state_dict(state["table"])
-        self._rows, self._position = iter(self._source.table), state["position"]
+        self._table.load_state_dict(state["table"])
+        self._rows, self._position = iter(self._table), state["position"]
 
 
 class DocumentStream:
