@@ -1,0 +1,1 @@
+"""Training a dictionary on a stream of activations."""
