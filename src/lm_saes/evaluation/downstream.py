@@ -26,9 +26,7 @@ class EditableModel(Protocol):
     @property
     def is_causal(self) -> bool: ...
 
-    def logits(
-        self, ids: Tensor, attention_mask: Tensor | None = None, edits: dict[str, Callable[[Tensor], Tensor]] = ..., /
-    ) -> Float[Tensor, "B S V"]: ...
+    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Any = ...) -> Float[Tensor, "B S V"]: ...
 
 
 NEGLIGIBLE_DAMAGE = 1e-6

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_saes.devices import widest_float
 from lm_saes.errors import DataError
 
 MEDIAN_MAX_TOKENS = 32_768
@@ -36,8 +37,8 @@ def kept_rows(batch: Mapping[str, Any], hook_point: str) -> Float[Tensor, "N D"]
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """`x` in float64; on the CPU where the device has no float64 (Apple's MPS)."""
-    return (x.cpu() if x.device.type == "mps" else x).detach().to(torch.float64)
+    """`x` in float64; on the CPU where its device has no float64."""
+    return (x if widest_float(x.device) == torch.float64 else x.cpu()).detach().to(torch.float64)
 
 
 def float64_chunks(x: Float[Tensor, "N D"]) -> Iterator[Float[Tensor, "n D"]]:
@@ -85,6 +86,14 @@ class RunningMean:
 class RunningCovariance(RunningMean):
     """Mean and covariance of vectors that come in batches; O(D²) memory."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._principal: tuple[Tensor, Tensor] | None = None
+
+    def update(self, x: Float[Tensor, "N D"]) -> None:
+        super().update(x)
+        self._principal = None
+
     @property
     def covariance(self) -> Float[Tensor, "D D"]:
         """The centred covariance with the 1/N of a population."""
@@ -99,10 +108,12 @@ class RunningCovariance(RunningMean):
 
         The sign of a direction is fixed (its entry of largest size is positive), so that the result does not depend on the linear algebra library.
         """
-        values, vectors = torch.linalg.eigh(self.covariance)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        return values, vectors * torch.where(largest < 0, -1.0, 1.0)
+        if self._principal is None:
+            values, vectors = torch.linalg.eigh(self.covariance)
+            values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+            self._principal = values, vectors * torch.where(largest < 0, -1.0, 1.0)
+        return self._principal
 
     def _deviation_squares(self, deviations: Float[Tensor, "N D"]) -> Tensor:
         return deviations.T @ deviations
