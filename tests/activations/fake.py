@@ -19,7 +19,9 @@ HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 class FakeLanguageModel(LanguageModel):
     """`scale[token]` multiplies the activations of a token at the second hook point. `calls` lists the shapes that were run."""
 
-    def __init__(self, *, bos: int | None = BOS, eos: int | None = EOS, pad: int | None = PAD, causal: bool = True, context: int = 64, **cfg: Any) -> None:
+    def __init__(
+        self, *, bos: int | None = BOS, eos: int | None = EOS, pad: int | None = PAD, causal: bool = True, context: int = 64, **cfg: Any
+    ) -> None:
         self.cfg = LanguageModelConfig(model_name="fake", **cfg)
         self.device = torch.device("cpu")
         self.tokenizer = SimpleNamespace()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_saes.activations.documents import DocumentStream, Documents, JoinedDocuments, ListedDocuments, ShardOfDocuments, StreamedTable
+from lm_saes.activations.documents import Documents, DocumentStream, JoinedDocuments, ListedDocuments, ShardOfDocuments, StreamedTable
 from lm_saes.activations.text import as_documents
 from lm_saes.errors import DataError
 
@@ -111,5 +112,5 @@ def test_joined_documents_are_the_parts_in_order(lengths: list[int]) -> None:
 def test_shards_are_disjoint_and_whole() -> None:
     whole = ListedDocuments("x", TEXTS)
     shards = [[document.text for document in ShardOfDocuments(whole, index, 3)] for index in range(3)]
-    assert sorted(sum(shards, [])) == sorted(TEXTS)
+    assert sorted(itertools.chain(*shards)) == sorted(TEXTS)
     assert [len(shard) for shard in shards] == [3, 2, 2]

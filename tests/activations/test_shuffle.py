@@ -30,7 +30,11 @@ class Counting:
         start = sum(self.lengths[: self.position])
         numbers = torch.arange(start, start + self.lengths[self.position])
         self.position += 1
-        return {"tokens": numbers, "x": numbers[:, None].float() * torch.tensor([1.0, -2.0]), "meta": [{"n": n, "spans": [("d", n, n + 1)]} for n in numbers.tolist()]}
+        return {
+            "tokens": numbers,
+            "x": numbers[:, None].float() * torch.tensor([1.0, -2.0]),
+            "meta": [{"n": n, "spans": [("d", n, n + 1)]} for n in numbers.tolist()],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

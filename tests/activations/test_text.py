@@ -32,9 +32,9 @@ def test_demo_is_the_standard_library_by_split() -> None:
     train, heldout = (load_dataset(DatasetConfig(dataset_name_or_path="demo", split=split)) for split in ("train", "heldout"))
     assert isinstance(train, Documents)
     assert isinstance(heldout, Documents)
-    assert (len(train), len(heldout)) == (len(corpus.paths("train")), len(corpus.paths("heldout")))
+    assert len(train) > 10 * len(heldout) > 0
     document = heldout[0]
-    assert corpus.split_of(document.name) == "heldout"
+    assert (corpus.split_of(train[0].name), corpus.split_of(document.name)) == ("train", "heldout")
     assert document.text == (corpus.standard_library() / document.name).read_text(encoding="utf-8", errors="replace")
 
 
@@ -76,7 +76,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "saved"])
 def test_tables(tmp_path: Path, name: str) -> None:
     place = write(tmp_path / name, ROWS)
-    cache = {"cache_dir": str(tmp_path / "cache")}
+    cache: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
     assert read(place, **cache) == [row["text"] for row in ROWS]
     renamed = write(tmp_path / f"renamed_{name}", [{"content": row["text"], "texts": "x"} for row in ROWS])
     assert read(renamed, text_column="content", **cache)[1] == ROWS[1]["text"]
@@ -89,10 +89,10 @@ def test_tables(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
 @pytest.mark.parametrize("column", ["tokens", "input_ids"])
 def test_tokenised_tables(tmp_path: Path, name: str, column: str) -> None:
-    cache = {"cache_dir": str(tmp_path / "cache")}
+    cache: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
     place = write(tmp_path / name, [{column: [1, 2]}, {column: [3]}])
     assert read(place, tokenized=True, **cache) == [[1, 2], [3]]
-    with pytest.raises(DataError, match="no column 'tokens' or 'input_ids'.*is_dataset_tokenized"):
+    with pytest.raises(DataError, match=r"no column 'tokens' or 'input_ids'.*is_dataset_tokenized"):
         read(write(tmp_path / f"text_{name}", ROWS), tokenized=True, **cache)
 
 
@@ -173,12 +173,13 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
         read(tmp_path / "a.txt", split="test")
 
 
-def test_shards() -> None:
-    cfg = DatasetConfig(dataset_name_or_path="demo", split="heldout")
-    names = [[path.name for path in [document]] for shard in range(2) for document in load_dataset_shard(cfg, shard, 2)]
-    assert len(names) == len(corpus.paths("heldout"))
-    with pytest.raises(ConfigError, match="shard_idx"):
-        load_dataset_shard(cfg, 2, 2)
+def test_shards(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(["a", "b", "c"]))
+    cfg = DatasetConfig(dataset_name_or_path=str(tmp_path / "x.json"))
+    assert [[document.text for document in load_dataset_shard(cfg, shard, 2)] for shard in range(2)] == [["a", "c"], ["b"]]
+    for shard in (-1, 2):
+        with pytest.raises(ConfigError, match="shard_idx"):
+            load_dataset_shard(cfg, shard, 2)
 
 
 def test_what_a_user_holds() -> None:
@@ -195,5 +196,5 @@ def test_what_a_user_holds() -> None:
     assert len(as_documents("x", ("one", "two", "three")).documents) == 3  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"has splits \(train\): pass one of them"):
         as_documents("x", datasets.DatasetDict({"train": table}))
-    with pytest.raises(DataError, match="must be a DatasetConfig, a list of texts or a datasets.Dataset, got int"):
+    with pytest.raises(DataError, match=r"must be a DatasetConfig, a list of texts or a datasets.Dataset, got int"):
         as_documents("x", 3)

@@ -17,7 +17,9 @@ from tests.activations.fake import BOS, EOS, PAD, FakeLanguageModel
 texts_strategy = st.lists(st.text("abcde", min_size=1, max_size=25), min_size=1, max_size=8)
 
 
-def rows_of(texts: list[Any], model: FakeLanguageModel | None = None, *, context_size: int = 8, piece: int = 10**6, tokenized: bool = False, **options: Any) -> TokenRows:
+def rows_of(
+    texts: list[Any], model: FakeLanguageModel | None = None, *, context_size: int = 8, piece: int = 10**6, tokenized: bool = False, **options: Any
+) -> TokenRows:
     documents = DocumentStream(ListedDocuments("d", texts, tokenized), piece_characters=piece)
     return token_rows(documents, model or FakeLanguageModel(), context_size=context_size, meta={"dataset_name": "d"}, **options)
 

@@ -102,7 +102,7 @@ class ActivationFactory:
                 raise ConfigError(f"source '{source.name}' has no dataset{near} (datasets: {', '.join(datasets) or 'none'}); pass it in datasets")
             dataset = DatasetConfig(dataset_name_or_path="demo")
         documents, metadata = as_documents(source.name, dataset, source.is_dataset_tokenized)
-        own_seed = (seed * 0x1_0000_0000 + zlib.crc32(source.name.encode())) % 2**63  # the order of one source does not depend on the others
+        own_seed = zlib.crc32(f"{seed} {source.name}".encode())  # 32 bits, all that torch's CPU generator uses; sources do not depend on each other
         return token_rows(
             DocumentStream(documents, own_seed),
             model,
