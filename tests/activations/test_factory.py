@@ -313,10 +313,18 @@ def test_refusals_come_before_the_model_runs() -> None:
     with pytest.raises(HookPointError):
         open_stream(model=model, hook_points=["blocks.9.hook_resid_post"])
     with pytest.raises(ConfigError, match=r"source 'code' has no dataset; did you mean 'codes'\? \(datasets: prose, codes\)"):
-        open_stream(model=model, datasets={"prose": [], "codes": []})
+        open_stream(model=model, datasets={"prose": ["a"], "codes": ["b"]})
     with pytest.raises(DataError, match="no file at"):
         open_stream(model=model, datasets={**TEXTS, "code": DatasetConfig(dataset_name_or_path="absent.txt")})
+    with pytest.raises(DataError, match="dataset 'code' holds no documents"):
+        open_stream(model=model, datasets={**TEXTS, "code": []})
     assert model.calls == []
+
+
+def test_text_that_fills_no_batch_is_an_error_that_says_what_there_was() -> None:
+    stream = open_stream(datasets={"prose": ["abcdefg"], "code": [" "]}, batch_size=8)
+    with pytest.raises(DataError, match=r"before one batch of 8 was full \(kept 7 of 8 tokens; .*1 empty.*\); use more text or a smaller batch_size"):
+        next(stream)
 
 
 def test_what_this_version_does_not_do() -> None:

@@ -110,6 +110,18 @@ def test_json_lines_in_a_json_file_and_bare_strings(tmp_path: Path) -> None:
     assert read(tmp_path / "lines.json") == read(tmp_path / "strings.jsonl") == read(tmp_path / "strings.json") == ["a", "b"]
 
 
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    for name, data in (("a.txt", b"a"), ("a.jsonl", b'"a"\n'), ("a.json", b'["a"]')):
+        (tmp_path / name).write_bytes(mark + data)
+        assert read(tmp_path / name) == ["a"]
+
+
+def test_words_that_csv_readers_take_for_missing_values_are_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('text\nNA\nnull\n""\n')
+    assert read(tmp_path / "x.csv", cache_dir=str(tmp_path / "cache")) == ["NA", "null", ""]
+
+
 def test_damaged_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(DataError, match=r"x.jsonl:2 is not valid JSON"):

@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -116,7 +117,7 @@ class FileDocuments(Documents):
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        text, repaired = _decoded(data)
+        text, repaired = decoded(data)
         return Document(path.relative_to(self._root).as_posix(), text, repaired=repaired)
 
 
@@ -125,23 +126,23 @@ class JsonLinesDocuments(Documents):
 
     def __init__(self, path: Path, field: Field) -> None:
         self._path, self._field = path, field
-        self._lines: list[tuple[int, int]] = []  # number of the line, where it begins
+        self._numbers, self._starts = array("q"), array("q")  # of each line: its number in the file, the byte at which it begins
         with path.open("rb") as file:
             start = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    self._lines.append((number, start))
+                    self._numbers.append(number)
+                    self._starts.append(start)
                 start += len(line)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Document:
-        number, start = self._lines[index]
         with self._path.open("rb") as file:
-            file.seek(start)
-            line, repaired = _decoded(file.readline())
-        return json_document(f"{self._path.name}:{number}", line, self._field, repaired)
+            file.seek(self._starts[index])
+            line, repaired = decoded(file.readline())
+        return json_document(f"{self._path.name}:{self._numbers[index]}", line, self._field, repaired)
 
 
 class TableDocuments(Documents):
@@ -213,11 +214,12 @@ def record_document(name: str, record: Any, field: Field) -> Document:
     return field.document(name, record[field.find(list(record), name)] if isinstance(record, Mapping) else record)
 
 
-def _decoded(data: bytes) -> tuple[str, bool]:
+def decoded(data: bytes) -> tuple[str, bool]:
+    """UTF-8 text, without a byte order mark, and whether bytes of it were invalid and stand as replacement characters."""
     try:
-        return data.decode("utf-8"), False
+        return data.decode("utf-8-sig"), False
     except UnicodeDecodeError:
-        return data.decode("utf-8", errors="replace"), True
+        return data.decode("utf-8-sig", errors="replace"), True
 
 
 # ---------------------------------------------------------------------------------------------- in order

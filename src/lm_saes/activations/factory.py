@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from lm_saes.activations.capture import ActivationCapture, Batch, Interceptor, KeptPositions
-from lm_saes.activations.documents import DocumentStream
+from lm_saes.activations.documents import Documents, DocumentStream
 from lm_saes.activations.mix import Mix, Source
 from lm_saes.activations.shuffle import Rebatch, ShuffleBuffer
 from lm_saes.activations.stream import State, nested, part
 from lm_saes.activations.text import as_documents
 from lm_saes.activations.tokens import TokenRows, token_rows
 from lm_saes.config import ActivationFactoryConfig, ActivationFactoryDatasetSource, ActivationFactoryTarget, DatasetConfig
-from lm_saes.errors import ConfigError, did_you_mean
+from lm_saes.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
@@ -102,6 +102,8 @@ class ActivationFactory:
                 raise ConfigError(f"source '{source.name}' has no dataset{near} (datasets: {', '.join(datasets) or 'none'}); pass it in datasets")
             dataset = DatasetConfig(dataset_name_or_path="demo")
         documents, metadata = as_documents(source.name, dataset, source.is_dataset_tokenized)
+        if isinstance(documents, Documents) and len(documents) == 0:
+            raise DataError(f"dataset '{source.name}' holds no documents")
         own_seed = zlib.crc32(f"{seed} {source.name}".encode())  # 32 bits, all that torch's CPU generator uses; sources do not depend on each other
         return token_rows(
             DocumentStream(documents, own_seed),
@@ -141,10 +143,15 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Batch:
+        """The next batch. Raises `DataError` where the text does not fill even one."""
         try:
             return next(self._batches)
         except StopIteration:
             self.ended = True
+            if self._batches.delivered == 0:
+                raise DataError(
+                    f"the text ended before one batch of {self.cfg.batch_size} was full ({self.description()}); use more text or a smaller batch_size"
+                ) from None
             raise
 
     def state_dict(self) -> State:

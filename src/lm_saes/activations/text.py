@@ -27,6 +27,7 @@ from lm_saes.activations.documents import (
     ShardOfDocuments,
     StreamedTable,
     TableDocuments,
+    decoded,
 )
 from lm_saes.config import DatasetConfig
 from lm_saes.demo import corpus
@@ -175,7 +176,7 @@ def _files_of_a_kind(suffix: str, files: list[Path], root: Path, cfg: DatasetCon
         case kind:
             import datasets
 
-            options: dict[str, Any] = {"encoding_errors": "replace"} if kind == ".csv" else {}
+            options: dict[str, Any] = {"encoding_errors": "replace", "keep_default_na": False} if kind == ".csv" else {}
             try:
                 table = datasets.load_dataset(kind[1:], data_files=[str(file) for file in files], split="train", cache_dir=cfg.cache_dir, **options)
             except Exception as error:
@@ -186,16 +187,16 @@ def _files_of_a_kind(suffix: str, files: list[Path], root: Path, cfg: DatasetCon
 def _json(path: Path, field: Field) -> Documents:
     """A JSON array of objects or strings; anything else is read as JSON lines."""
     with path.open("rb") as file:
-        array = file.read(1024).lstrip().startswith(b"[")
-    if not array:
+        is_array = decoded(file.read(1024))[0].lstrip().startswith("[")
+    if not is_array:
         return JsonLinesDocuments(path, field)
-    data = path.read_bytes().decode("utf-8", errors="replace")
+    data, repaired = decoded(path.read_bytes())
     try:
         records = json.loads(data)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     values = [record[field.find(list(record), path.name)] if isinstance(record, dict) else record for record in records]
-    return ListedDocuments(path.name, values, field.tokenized, repaired="\ufffd" in data)
+    return ListedDocuments(path.name, values, field.tokenized, repaired)
 
 
 def _from_hub(cfg: DatasetConfig, field: Field) -> Documents | StreamedTable:
@@ -205,7 +206,7 @@ def _from_hub(cfg: DatasetConfig, field: Field) -> Documents | StreamedTable:
     try:
         table = datasets.load_dataset(place, cfg.name, split=cfg.split, cache_dir=cfg.cache_dir, revision=cfg.revision, streaming=cfg.streaming)
     except Exception as error:  # the library's errors, the hub's and the network's have no common base
-        page = f"https://huggingface.co/datasets/{place}"
+        page = f"https://huggingface.co/datasets/{place} (a private or gated one needs access and HF_TOKEN)"
         raise DataError(f"cannot load the dataset '{place}', which is neither a local path nor readable at {page}: {_one_line(error)}") from None
     return _table(place, table, field)
 
