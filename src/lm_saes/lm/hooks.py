@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,10 +46,6 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return first if first is not None else _first(kwargs.get("hidden_states", kwargs))
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path)
-
-
 def capture(model: nn.Module, sites: Mapping[str, Site], run: Callable[[], Any]) -> dict[str, Tensor]:
     """Run `run()` and return the tensors at `sites` (copies, under the same keys). The forward ends as soon as the last of them has been seen.
 
@@ -71,16 +67,14 @@ def capture(model: nn.Module, sites: Mapping[str, Site], run: Callable[[], Any])
 
     with ExitStack() as stack:
         for name, site in sites.items():
-            module = _module(model, site.module)
+            module = model.get_submodule(site.module)
             if site.place == "in":
                 handle = module.register_forward_pre_hook(lambda _, args, kwargs, name=name: keep(name, _input(args, kwargs)), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(lambda _, __, output, name=name: keep(name, _first(output)))
             stack.callback(handle.remove)
-        try:
+        with suppress(_AllCaptured):
             run()
-        except _AllCaptured:
-            pass
     missing = [name for name in sites if name not in captured]
     if missing:
         raise HookPointError(f"the forward pass never reached '{missing[0]}'; choose a module that runs on plain text")
@@ -126,7 +120,7 @@ def edited(model: nn.Module, edits: Mapping[str, tuple[Site, Edit]]) -> Iterator
 
     with ExitStack() as stack:
         for name, (site, edit) in edits.items():
-            module = _module(model, site.module)
+            module = model.get_submodule(site.module)
             if site.place == "out":
                 stack.callback(module.register_forward_hook(edit_output(name, edit)).remove)
                 continue
@@ -134,7 +128,7 @@ def edited(model: nn.Module, edits: Mapping[str, tuple[Site, Edit]]) -> Iterator
             stack.callback(module.register_forward_pre_hook(edit_input(name, edit, differences), with_kwargs=True).remove)
             if site.bypass is not None:  # before any edit of the block's own output
                 hook = add_difference(differences)
-                stack.callback(_module(model, site.bypass).register_forward_hook(hook, prepend=True).remove)
+                stack.callback(model.get_submodule(site.bypass).register_forward_hook(hook, prepend=True).remove)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ from lm_saes.lm.demo import DEMO_NAME, demo_folder
 from lm_saes.lm.hook_points import HookPoints
 from lm_saes.lm.hooks import capture, edited, evaluating
 from lm_saes.lm.hub_errors import explain
-from lm_saes.lm.language_model import LanguageModel
+from lm_saes.lm.language_model import Edit, LanguageModel
 
 
 class HuggingFaceLanguageModel(LanguageModel):
@@ -57,6 +57,7 @@ class HuggingFaceLanguageModel(LanguageModel):
     def _adopt(self, model: nn.Module, tokenizer: Any, cfg: LanguageModelConfig) -> None:
         super().__init__(cfg, tokenizer)
         self.model = model
+        self.location = _location(cfg)
         config: Any = model.config
         text_config = config.get_text_config()
         self._embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
@@ -80,7 +81,8 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     # ------------------------------------------------------------------------------------------ running
 
-    def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    def inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of the model's forward for rows of ids, on its device; checks what would otherwise fail deep inside it."""
         if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
             shape = None if attention_mask is None else tuple(attention_mask.shape)
             raise LanguageModelError(f"ids must be [rows, positions] and the attention mask of the same shape, got {tuple(ids.shape)} and {shape}")
@@ -102,7 +104,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     @torch.no_grad()  # not inference mode: a dictionary is trained on what is captured
     def capture(self, ids: Tensor, attention_mask: Tensor | None, hook_points: Sequence[str]) -> dict[str, Tensor]:
-        inputs = self._inputs(ids, attention_mask)
+        inputs = self.inputs(ids, attention_mask)
         sites = {hook_point: self.hook_points.site(hook_point) for hook_point in hook_points}
         if not sites:
             return {}
@@ -111,8 +113,8 @@ class HuggingFaceLanguageModel(LanguageModel):
         return {name: tensor.to(self.device) for name, tensor in captured.items()}
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
-        inputs = self._inputs(ids, attention_mask)
+    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Edit] | None = None) -> Tensor:
+        inputs = self.inputs(ids, attention_mask)
         sites = {name: (self.hook_points.site(name), edit) for name, edit in (edits or {}).items()}
         with evaluating(self.model), edited(self.model, sites):
             if self.is_causal:
@@ -232,11 +234,12 @@ def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
             if getattr(config, "is_encoder_decoder", False):
                 raise LanguageModelError(f"{location} is an encoder-decoder model ({config.model_type}); causal and encoder models are supported")
             auto = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
-            model, report = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 location, config=config, dtype=cfg.dtype, use_safetensors=True, output_loading_info=True, **_source(cfg)
             )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise explain(error, location, "the model") from None
+    model, report = loaded
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's pooler comes after the last hidden state
     if missing:
         raise LanguageModelError(f"the weights of {location} lack {len(missing)} tensors of a {type(model).__name__}, among them {missing[0]}")

@@ -17,6 +17,7 @@ from lm_saes.lm import tokenization
 from lm_saes.lm.tokenization import TokenizedText
 
 Span = tuple[int, int]
+Edit = Callable[[Tensor], Tensor]
 
 
 class _Rows(NamedTuple):
@@ -102,7 +103,7 @@ class LanguageModel(ABC):
         self,
         ids: Int[Tensor, "B S"],
         attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
-        edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        edits: Mapping[str, Edit] | None = None,
     ) -> Float[Tensor, "B S V"]:
         """Logits of the whole forward, without gradient, with the activations at each hook point in `edits` replaced by the function of them.
         Encoder models have none: their final hidden state `[B, S, d_model]` is returned instead."""
@@ -190,17 +191,17 @@ class TokenizerOnlyLanguageModel(LanguageModel):
         self.is_causal = self.tokenizer.cls_token_id is None
         self.max_context = cfg.max_length
 
-    def _no_weights(self) -> LanguageModelError:
-        return LanguageModelError(f"{self.cfg.model_name} was loaded as a tokenizer only and has no activations; use backend='auto'")
+    def _no_weights(self, wanted: str) -> LanguageModelError:
+        return LanguageModelError(f"{self.cfg.model_name} was loaded as a tokenizer only and has no activations ({wanted}); use backend='auto'")
 
     def hook_width(self, hook_point: str) -> int:
-        raise self._no_weights()
+        raise self._no_weights(hook_point)
 
-    def capture(self, ids: Tensor, attention_mask: Tensor | None, hook_points: Sequence[str]) -> dict[str, Tensor]:
-        raise self._no_weights()
+    def capture(self, ids: Tensor, attention_mask: Tensor | None, hook_points: Sequence[str]) -> dict[str, Tensor]:  # noqa: ARG002
+        raise self._no_weights(", ".join(hook_points))
 
-    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
-        raise self._no_weights()
+    def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Edit] | None = None) -> Tensor:  # noqa: ARG002
+        raise self._no_weights("logits")
 
     def provenance(self) -> dict[str, Any]:
         return {"model_name": self.cfg.model_name, "revision": self.cfg.revision, "tokenizer_hash": self.tokenizer_hash, "backend": "tokenizer_only"}
