@@ -81,7 +81,12 @@ class InitializationReport:
         rows.append(("decoder bias", self.bias_method.replace("_", " ") + distance))
         rows.append(("norm of decoder rows", f"{self.decoder_norm:.4g} ({self.norm_choice})"))
         if self.explained_variance is not None and self.l0 is not None and self.dead_fraction is not None:
-            rows.append(("at the start", f"explained variance {self.explained_variance:.3f}, L0 {self.l0:.1f}, dead {self.dead_fraction:.1%}"))
+            rows.append(
+                (
+                    "at the start",
+                    f"explained variance {self.explained_variance:.3f}, L0 {self.l0:.1f}, dead {self.dead_fraction:.1%} in {self.sample_tokens:,} tokens",
+                )
+            )
         rows.append(("measured on", f"{self.tokens:,} tokens in {self.seconds:.1f} s"))
         return rows + [("note", note) for note in self.notes]
 
@@ -96,10 +101,12 @@ class Measured:
     y: Float[Tensor, "N D"]
 
     def sample(self, sae: SparseAutoEncoder) -> dict[str, Tensor]:
+        """The sample as a normalised 1D batch."""
         return {sae.cfg.hook_point_out: self.y, sae.cfg.hook_point_in: self.x}
 
 
 def measure(sae: SparseAutoEncoder, batches: Sequence[Batch]) -> Measured:
+    """Measure normalised 1D batches, all of whose tokens count."""
     inputs, labels = RunningCovariance(), RunningCovariance()
     xs, ys = [], []
     stride = math.ceil(sum(len(sae.prepare_input(batch)) for batch in batches) / MEDIAN_MAX_TOKENS)
@@ -192,7 +199,7 @@ def _advice(cfg: InitializerConfig, sae: SparseAutoEncoder, choice: NormChoice, 
     notes = []
     if choice.how == "norm matching":
         notes.append(
-            "least squares would shrink the drawn decoder to nearly nothing (its latents know nothing of the label yet); it matches the label in size"
+            "no scale of the drawn decoder brings it much nearer to the label (a transcoder knows nothing yet), so it matches the label in size"
         )
     if choice.how == "nothing to fit":
         notes.append("no latent fires or the label does not vary, so no norm fits better than another; it is 1")
