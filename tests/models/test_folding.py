@@ -55,7 +55,7 @@ def test_files_are_folded_when_saving_or_when_loading(variant, tmp_path):
 def test_token_wise_is_refused_by_name(tmp_path):
     dictionary = build({"act_fn": "relu", "norm_activation": "token-wise"})
     weights = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
-    with pytest.raises(FoldingError, match="'token-wise' .* cannot be folded"):
+    with pytest.raises(FoldingError, match=r"'token-wise' .* cannot be folded"):
         dictionary.fold_activation_scale()
     with pytest.raises(FoldingError, match="token-wise"):
         dictionary.save_pretrained(tmp_path, fold_activation_scale=True)

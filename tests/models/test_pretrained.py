@@ -160,5 +160,5 @@ def test_save_checkpoint_writes_weights_alone(tmp_path):
     dictionary.save_checkpoint(tmp_path / "deep" / "weights.safetensors")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["weights.safetensors"]
     assert torch.equal(load_file(tmp_path / "deep" / "weights.safetensors")["W_D"], dictionary.W_D)
-    with pytest.raises(ConfigError, match="saved as .safetensors, got 'weights.pt'"):
+    with pytest.raises(ConfigError, match=r"saved as .safetensors, got 'weights.pt'"):
         dictionary.save_checkpoint(tmp_path / "weights.pt")
