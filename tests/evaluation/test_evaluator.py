@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lm_saes.config import EvalConfig
+from lm_saes.config import EvalConfig, InitializerConfig, SAEConfig
 from lm_saes.errors import ConfigError, DataError, NonFiniteError
 from lm_saes.evaluation.evaluator import Evaluator
 from lm_saes.evaluation.pca import PCABaseline
+from lm_saes.models.initializer import Initializer
 from tests.evaluation.toy import ToyDictionary, ToyModel
 
 
@@ -124,6 +125,30 @@ def test_errors_name_the_remedy() -> None:
         evaluate(ToyDictionary(lambda x: x), broken)
     with pytest.raises(NonFiniteError, match="reconstruction of a"):
         evaluate(ToyDictionary(lambda x: x / 0), stream_1d())
+
+
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "batch-wise", "token-wise"])
+@pytest.mark.parametrize("out", ["a", "b"])
+def test_a_real_dictionary_is_measured_in_raw_space_and_spliced(norm_activation: str, out: str) -> None:
+    model, ids = ToyModel(), torch.arange(120).view(10, 12) % 7
+    batches = [model.batch(rows) for rows in ids.split(5)]
+    cfg = SAEConfig(
+        hook_point_in="a", hook_point_out=out, d_model=4, expansion_factor=8, act_fn="batchtopk", top_k=3, norm_activation=norm_activation
+    )
+    sae = Initializer(InitializerConfig(bias_init_method="geometric_median")).initialize_sae_from_config(cfg, batches)
+    metrics = evaluate(sae, batches, model=model)
+    assert sae.training
+    sae.eval()
+    with torch.no_grad():
+        raw = {hook: torch.cat([batch[hook] for batch in batches]).flatten(0, 1) for hook in ("a", "b")}
+        reconstruction, codes = sae.reconstruct(raw).double(), sae.features(raw)
+    x = raw[out].double()
+    expected = 1 - (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    assert metrics["metrics/explained_variance"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["metrics/l0"] == pytest.approx(float((codes != 0).sum(1).float().mean()))
+    after = reconstruction.float() @ (model.W_1 @ model.W_U if out == "a" else model.W_U)
+    loss = torch.nn.functional.cross_entropy(after.view(10, 12, -1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert metrics["metrics/downstream_loss_reconstructed"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_pca_is_the_best_reconstruction_of_its_rank() -> None:

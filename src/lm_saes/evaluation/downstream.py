@@ -9,7 +9,7 @@ Letters: B rows, S positions, V vocabulary (or, for encoder models, the width of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from lm_saes.evaluation.reconstructor import Reconstructor
 from lm_saes.models.statistics import RunningMean
 
 
+@runtime_checkable
 class EditableModel(Protocol):
     """The part of `LanguageModel` that splicing needs."""
 

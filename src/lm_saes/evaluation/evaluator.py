@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ Metrics = dict[str, float | list[list[float]] | None]
 """Metrics by name; `None` where a metric is undefined, so that they are valid JSON."""
 
 
+@runtime_checkable
 class MetricsLogger(Protocol):
     """A Weights & Biases run, as far as it is used here."""
 

@@ -59,4 +59,4 @@ def density_histogram(counts: FiringCounts) -> list[list[float]]:
     density = counts.per_latent[counts.per_latent > 0].double() / max(counts.n_tokens, 1)
     bins = (torch.bucketize(density.log10(), edges, right=True) - 1).clamp(0, len(edges) - 2)
     filled = torch.bincount(bins, minlength=len(edges) - 1).tolist()
-    return [[low, high, n] for low, high, n in zip(HISTOGRAM_EDGES, HISTOGRAM_EDGES[1:], filled, strict=False)]
+    return [[low, high, float(n)] for low, high, n in zip(HISTOGRAM_EDGES, HISTOGRAM_EDGES[1:], filled, strict=False)]

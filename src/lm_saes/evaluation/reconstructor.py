@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from lm_saes.ops import Codes
 
 
+@runtime_checkable
 class HookPoints(Protocol):
     """The part of a configuration that says what is read and what is reconstructed."""
 
@@ -19,6 +20,7 @@ class HookPoints(Protocol):
     def hooks_out(self) -> list[str]: ...
 
 
+@runtime_checkable
 class Reconstructor(Protocol):
     """A dictionary, or a baseline that is evaluated like one."""
 

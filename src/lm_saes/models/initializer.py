@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ from lm_saes.models.statistics import (
 )
 
 
+@runtime_checkable
 class MetricsLogger(Protocol):
     """A Weights & Biases run, as far as it is used here."""
 
