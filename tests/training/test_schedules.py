@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -86,13 +87,19 @@ def test_the_shortest_runs_have_a_positive_rate(schedule, steps):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    steps=st.integers(1, 60), booting=st.floats(0, 0.5), warm_up=st.floats(0, 0.5), start=st.integers(1, 64), shape=st.sampled_from(["linear", "exponential"])
+    steps=st.integers(1, 60),
+    booting=st.floats(0, 0.5),
+    warm_up=st.floats(0, 0.5),
+    start=st.integers(1, 64),
+    shape=st.sampled_from(["linear", "exponential"]),
 )
 def test_k_starts_at_initial_k_is_monotone_and_ends_at_top_k(steps, booting, warm_up, start, shape):
-    cfg = resolved(steps, initial_k=start, k_cold_booting_steps=math.floor(booting * steps), k_warmup_steps=math.floor(warm_up * steps), k_schedule_type=shape)
+    cfg = resolved(
+        steps, initial_k=start, k_cold_booting_steps=math.floor(booting * steps), k_warmup_steps=math.floor(warm_up * steps), k_schedule_type=shape
+    )
     values = [annealed_k(cfg, step, 8, 64) for step in range(steps)]
     up = start <= 8
-    assert all((a <= b) if up else (a >= b) for a, b in zip(values, values[1:], strict=False))
+    assert all((a <= b) if up else (a >= b) for a, b in itertools.pairwise(values))
     assert values[: int(cfg.k_cold_booting_steps)] == [start] * int(cfg.k_cold_booting_steps)
     assert values[-1] == 8
 

@@ -26,7 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import RunFolderError
+from lm_saes.models.pretrained import WEIGHTS_FILE, read_weights
 from lm_saes.models.sparse_dictionary import SparseDictionary
 
 STATE_FILE = "state.json"
@@ -34,7 +36,7 @@ TENSORS_FILE = "optimizer.safetensors"
 STREAM_FOLDER = "stream"
 METRICS_FILE = "metrics.jsonl"
 _TEMPORARY = ".unfinished_"
-_DICTIONARY_FILES = ("config.json", "sae_weights.safetensors")
+_DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _TENSOR_KEY = "__tensor__"
 
 
@@ -265,19 +267,14 @@ def load_weights(sae: SparseDictionary, checkpoint: Path) -> None:
     Raises:
         RunFolderError: the saved dictionary has another shape or another space.
     """
-    saved = SparseDictionary.from_pretrained(checkpoint, fold_activation_scale=False, device="cpu")
-    differing = [
-        name
-        for name in ("sae_type", "d_model", "d_sae", "act_fn", "norm_activation", "associated_hook_points")
-        if getattr(saved.cfg, name) != getattr(sae.cfg, name)
-    ]
-    if not differing:
-        own, theirs = sae.state_dict(), saved.state_dict()
-        differing = sorted(own.keys() ^ theirs.keys()) or [name for name in own if own[name].shape != theirs[name].shape]
+    saved, tensors, own = type(sae.cfg).from_pretrained(checkpoint), read_weights(checkpoint / WEIGHTS_FILE), sae.state_dict()
+    fields = ("d_model", "d_sae", "act_fn", "norm_activation", "associated_hook_points")
+    differing = [name for name in fields if getattr(saved, name) != getattr(sae.cfg, name)]
+    differing = differing or sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
     if differing:
         raise RunFolderError(
             f"the dictionary in {checkpoint} differs from this one in {', '.join(differing)}; use the configuration that it was trained with"
         )
-    sae.load_state_dict(saved.state_dict())
-    if saved.cfg.dataset_average_activation_norm is not None:
-        sae.set_dataset_average_activation_norm(saved.cfg.dataset_average_activation_norm)
+    sae.load_state_dict(tensors)
+    if saved.dataset_average_activation_norm is not None:
+        sae.set_dataset_average_activation_norm(saved.dataset_average_activation_norm)

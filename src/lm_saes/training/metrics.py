@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_saes.models.sparse_dictionary import Forward
-from lm_saes.ops import Codes, map_codes, row_sums
+from lm_saes.ops import Codes, at_least_float32, map_codes, row_sums
 
 _DENSE = {"above_1e-1": 1e-1, "above_1e-2": 1e-2}
 _RARE = {"below_1e-5": 1e-5, "below_1e-6": 1e-6, "below_1e-7": 1e-7}
@@ -26,8 +26,8 @@ _RARE = {"below_1e-5": 1e-5, "below_1e-6": 1e-6, "below_1e-7": 1e-7}
 
 def reconstruction_metrics(reconstruction: Float[Tensor, "N D"], target: Float[Tensor, "N D"], mask: Bool[Tensor, " N"]) -> dict[str, Tensor]:
     """The metrics of the reconstruction defined at the top of this file, as 0-dim tensors, over the tokens in `mask`."""
-    weights = mask.float()
-    target, error = target.float(), reconstruction.float() - target.float()
+    target, reconstruction = at_least_float32(target), at_least_float32(reconstruction)
+    error, weights = reconstruction - target, mask.to(target.dtype)
     tokens = weights.sum().clamp(min=1)
     mean = (weights @ target) / tokens
     variance = (target - mean).square().sum(-1)

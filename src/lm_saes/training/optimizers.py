@@ -77,7 +77,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The 2-norm of each parameter's gradient, stacked; 0 where there is none. The norm of this vector is the global norm."""
     zero = torch.zeros((), device=parameters[0].device)
-    return torch.stack([zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters])
+    norms = [zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    return torch.stack([norm.float() for norm in norms])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

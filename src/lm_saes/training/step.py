@@ -19,7 +19,7 @@ from torch import Tensor
 from lm_saes.config import TrainerConfig
 from lm_saes.devices import widest_float
 from lm_saes.errors import DataError
-from lm_saes.losses import LossInputs, LossWeights, total_loss
+from lm_saes.losses import LossInputs, LossWeights, label_variance, total_loss
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training.controller import TargetL0
 from lm_saes.training.dead_latents import DeadLatents, firing_counts
@@ -74,7 +74,8 @@ class TrainingStep:
         self.optimizer = make_optimizer(cfg, sae.get_parameters())
         self.dead_latents = DeadLatents(sae.cfg.d_sae, cfg.dead_threshold, self.device)
         self.density = FiringDensity(sae.cfg.d_sae, cfg.feature_sampling_window, self.device)
-        self.controller = TargetL0(cfg.target_l0, self.device) if cfg.target_l0 is not None else None
+        self.control_from = warm_up_ends(cfg)
+        self.controller = TargetL0(cfg.target_l0, total_steps - self.control_from, self.device) if cfg.target_l0 is not None else None
         self.tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         self.amp_dtype = compute_dtype(cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
@@ -111,7 +112,7 @@ class TrainingStep:
             with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None):
                 forward = self.sae.run(x_i, k=scheduled.k, mask=mask_i)
                 loss, terms = total_loss(self.sae, LossInputs(x_i, target_i, forward, mask_i, dead), weights)
-            share = mask_i.sum() / result.tokens.clamp(min=1) if pieces > 1 else 1.0
+            share = mask_i.sum().to(loss.dtype) / result.tokens.clamp(min=1) if pieces > 1 else 1.0
             self.scaler.scale(loss * share).backward()
             with torch.no_grad():
                 result.add(forward, loss, terms, share, firing_counts(forward.codes, mask_i))
@@ -156,8 +157,9 @@ class TrainingStep:
         self.dead_latents.update(result.counts, result.tokens)
         self.density.update(result.counts, result.tokens)
         if self.controller is not None:
-            gain = scheduled.lr / self.cfg.lr if step >= warm_up_ends(self.cfg) else 0.0
-            self.controller.update(result.l0, gain)
+            if step == self.control_from:
+                self.controller.start(result.terms["sparsity_loss"], label_variance(result.target, result.mask))
+            self.controller.update(result.l0, scheduled.lr / self.cfg.lr if step >= self.control_from else 0.0)
 
     def _metrics(self, result: BatchResult, gradient_norm: Tensor, scheduled: Knobs, coefficient: float | Tensor) -> dict[str, Tensor]:
         n_parameters = sum(parameter.numel() for parameter in self.parameters)

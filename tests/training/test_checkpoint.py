@@ -1,0 +1,140 @@
+"""Checkpoints are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lm_saes.errors import RunFolderError
+from lm_saes.training import checkpoint as module
+from lm_saes.training.checkpoint import RunFolder, find_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint, write_json
+from tests.training.synthetic import make_dictionary
+
+STREAM = {"position": 3, "nested": [{"buffer": torch.arange(5)}, None, "text", 0.1], "empty": {}, "shared": torch.arange(5)[1:3]}
+
+
+def write(folder: Path, step: int, stream: dict[str, Any] | None = STREAM) -> Path:
+    return write_checkpoint(folder, step, make_dictionary().save_pretrained, {"a/b": torch.tensor([1.5, 2.5])}, {"number": 0.1}, stream)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path, 7)
+    assert names(tmp_path) == ["latest", "step_7"]
+    assert sorted(child.name for child in path.iterdir()) == [
+        "config.json",
+        "optimizer.safetensors",
+        "sae_weights.safetensors",
+        "state.json",
+        "stream",
+    ]
+    read = read_checkpoint(path)
+    assert (read.state["number"], read.state["step"]) == (0.1, 7)
+    assert read.tensors["a/b"].tolist() == [1.5, 2.5]
+    assert read.stream is not None
+    assert read.stream["nested"][0]["buffer"].tolist() == [0, 1, 2, 3, 4]
+    assert read.stream["nested"][1:] == [None, "text", 0.1]
+    assert read.stream["shared"].tolist() == [1, 2]
+    assert (read.stream["position"], read.stream["empty"]) == (3, {})
+    assert read_checkpoint(write(tmp_path, 8, stream=None)).stream is None
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    write(tmp_path, 7, stream=None)
+    assert read_checkpoint(write(tmp_path, 7)).stream is not None
+    assert names(tmp_path) == ["latest", "step_7"]
+
+
+def test_the_newest_whole_one_is_found(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (2, 9, 10):
+        write(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    assert newest_checkpoint(tmp_path) == folder / "step_10"
+    (folder / "step_10" / "optimizer.safetensors").write_bytes(b"cut")
+    assert newest_checkpoint(tmp_path) == folder / "step_9"
+    (folder / "latest").write_text("../../elsewhere")
+    assert newest_checkpoint(tmp_path) == folder / "step_9"
+    (folder / "latest").write_bytes(b"\xff\xfe")
+    (folder / "step_9" / "state.json").write_text("{")
+    assert newest_checkpoint(tmp_path) == folder / "step_2"
+    (folder / "step_2" / "stream" / "state.json").unlink()
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("where", ["sae_weights", "optimizer", "state", "latest"])
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(where, tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def raise_full(*_: Any, **__: Any):
+        raise full
+
+    if where == "optimizer":
+        monkeypatch.setattr(module, "save_file", raise_full)
+    elif where == "state":
+        monkeypatch.setattr(module.json, "dumps", raise_full)
+    elif where == "latest":
+        monkeypatch.setattr(module, "write_atomically", raise_full)
+    save = raise_full if where == "sae_weights" else make_dictionary().save_pretrained
+    with pytest.raises(RunFolderError, match="disk is full") as caught:
+        write_checkpoint(tmp_path, 2, save, {"a": torch.ones(1)}, {}, STREAM)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    whole = ["latest", "step_1", *(["step_2"] if where == "latest" else [])]
+    assert names(tmp_path) == whole
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_1"
+
+
+def test_left_overs_of_a_killed_process_are_removed_by_the_next(tmp_path):
+    (tmp_path / "checkpoints" / ".unfinished_step_3" / "stream").mkdir(parents=True)
+    assert RunFolder(tmp_path).open() is None
+    write(tmp_path, 4)
+    assert names(tmp_path) == ["latest", "step_4"]
+
+
+def test_a_checkpoint_is_found_by_its_own_folder_or_the_runs(tmp_path):
+    path = write(tmp_path, 4)
+    assert find_checkpoint(path) == find_checkpoint(tmp_path) == path
+    with pytest.raises(RunFolderError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_the_run_folder_decides_who_may_use_it(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.path.exists()
+    assert folder.open() is None
+    assert folder.open(resume=True) is None
+    (folder.path / "settings.json").write_text("{}")
+    assert folder.open() is None
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl of an earlier run"):
+        folder.open()
+    assert folder.open(resume=True) is None, "a run that was stopped before its first checkpoint starts afresh"
+    assert not (folder.path / "metrics.jsonl").exists()
+    path = write(folder.path, 3)
+    assert folder.open(resume=True) == path
+    with pytest.raises(RunFolderError, match="checkpoints of an earlier run"):
+        folder.open()
+    (path / "state.json").unlink()
+    with pytest.raises(RunFolderError, match="no whole checkpoint"):
+        folder.open(resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder(tmp_path / "file").open()
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(RunFolderError, match=r"cannot write .*a\.json"):
+        write_json(tmp_path / "missing" / "a.json", {})

@@ -1,0 +1,205 @@
+"""A run that was stopped and resumed equals the one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lm_saes.errors import RunFolderError
+from lm_saes.models.sparse_dictionary import SparseDictionary
+from lm_saes.training.checkpoint import newest_checkpoint
+from lm_saes.training.trainer import Trainer
+from tests.training.synthetic import HOOK, SyntheticStream, make_dictionary
+
+STEPS = 24
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "relu, power": ("relu", {}, {"sparsity_loss_type": "power", "l1_coefficient": 0.1}),
+    "relu, target_l0": ("relu", {}, {"sparsity_loss_type": "tanh", "l1_coefficient": 0.1, "target_l0": 6.0, "lr_warm_up_steps": 2}),
+    "jumprelu, target_l0": (
+        "jumprelu",
+        {},
+        {"sparsity_loss_type": "tanh-quad", "lp_coefficient": 3e-6, "target_l0": 6.0, "lr_warm_up_steps": 2, "jumprelu_lr_factor": 3.0},
+    ),
+    "topk, AuxK": ("topk", {}, {"auxk_coefficient": 1 / 32, "dead_threshold": 200, "k_aux": 8}),
+    "topk, annealed": ("topk", {}, {"initial_k": 0.5, "k_warmup_steps": 0.8, "k_schedule_type": "exponential"}),
+    "topk, masked Adam": ("topk", {}, {"optimizer_class": "sparseadam", "lr_scheduler_name": "cosineannealingwarmup", "clip_grad_norm": 0.5}),
+    "topk, micro-batches, bf16": ("topk", {}, {"gradient_accumulation_steps": 2, "amp_dtype": "bfloat16"}),
+    "batchtopk, batch-wise": ("batchtopk", {"norm_activation": "batch-wise"}, {"feature_sampling_window": 5}),
+}
+
+
+def stream() -> SyntheticStream:
+    return SyntheticStream(batch_size=64)
+
+
+def evaluate(sae: SparseDictionary) -> dict[str, float]:
+    """An evaluation that draws from every global generator."""
+    return {
+        "drawn/torch": torch.rand(()).item(),
+        "drawn/numpy": float(numpy.random.rand()),
+        "drawn/python": random.random(),
+        "drawn/name": "no number",
+    }  # pyright: ignore
+
+
+class Stopping:
+    """A stream that sends a signal to its own process while batch `at` is drawn."""
+
+    def __init__(self, inner: SyntheticStream, at: int, number: signal.Signals = signal.SIGINT) -> None:
+        self.inner, self.at, self.number = inner, at, number
+        self.state_dict = inner.state_dict
+
+    def __iter__(self) -> Stopping:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self.inner.position == self.at:
+            os.kill(os.getpid(), self.number)
+        return next(self.inner)
+
+
+def metrics(folder: str | Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def assert_same_run(one: str, other: str) -> None:
+    assert metrics(one) == metrics(other)
+    assert len(metrics(one)) > 3
+    for name in ("sae_weights.safetensors", "optimizer.safetensors", "stream/tensors.safetensors"):
+        a, b = (load_file(Path(folder) / "checkpoints" / f"step_{STEPS}" / name) for folder in (one, other))
+        assert a.keys() == b.keys()
+        assert a
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    states = [json.loads((Path(folder) / "checkpoints" / f"step_{STEPS}" / "state.json").read_text()) for folder in (one, other)]
+    assert states[0]["random"] == states[1]["random"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_and_resumed_equals_uninterrupted(variant, trainer_config):
+    act_fn, shape, options = VARIANTS[variant]
+    options = {"log_frequency": 5, "eval_frequency": 4, "n_checkpoints": 1, "dead_threshold": 1000, **options}
+
+    def seed() -> None:
+        torch.manual_seed(1)
+        numpy.random.seed(1)
+        random.seed(1)
+
+    whole = trainer_config(STEPS, "whole", **options)
+    sae = make_dictionary(act_fn, **shape)
+    seed()
+    assert Trainer(whole).fit(sae, stream(), evaluate) is None
+
+    parts = trainer_config(STEPS, "parts", **options)
+    first = make_dictionary(act_fn, **shape)
+    seed()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(parts).fit(first, Stopping(stream(), at=12), evaluate)
+    assert newest_checkpoint(parts.exp_result_path) == Path(parts.exp_result_path) / "checkpoints" / "step_13"
+    second = make_dictionary(act_fn, seed=7, **shape)
+    torch.manual_seed(99)
+    assert Trainer(parts, resume=True).fit(second, stream(), evaluate) is None
+    assert_same_run(whole.exp_result_path, parts.exp_result_path)
+    assert not second.training
+
+
+def test_killed_without_warning_goes_on_from_the_last_checkpoint(trainer_config):
+    options = {"log_frequency": 3, "n_checkpoints": 4, "check_point_save_mode": "linear"}
+    whole, parts = trainer_config(STEPS, "whole", **options), trainer_config(STEPS, "parts", **options)
+    Trainer(whole).fit(make_dictionary(), stream())
+
+    class Killed(Exception):
+        pass
+
+    class Dying(SyntheticStream):
+        def __next__(self):
+            if self.position == 16:
+                raise Killed
+            return super().__next__()
+
+    with pytest.raises(Killed):
+        Trainer(parts).fit(make_dictionary(), Dying(batch_size=64))
+    assert metrics(parts.exp_result_path)[-1]["step"] == 15
+    sae = make_dictionary(seed=3)
+    trainer = Trainer.from_checkpoint(sae, parts.exp_result_path)
+    assert trainer.cur_step == 12
+    assert trainer.cfg == parts
+    trainer.fit(sae, stream())
+    assert_same_run(whole.exp_result_path, parts.exp_result_path)
+
+
+def test_sigterm_does_as_ctrl_c(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=0)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(cfg).fit(make_dictionary(), Stopping(stream(), at=5, number=signal.SIGTERM))
+    newest = newest_checkpoint(cfg.exp_result_path)
+    assert newest is not None
+    assert newest.name == "step_6"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_resuming_a_finished_run_changes_nothing(trainer_config):
+    cfg = trainer_config(5)
+    sae = make_dictionary()
+    Trainer(cfg).fit(sae, stream())
+    before, lines = {name: value.clone() for name, value in sae.state_dict().items()}, metrics(cfg.exp_result_path)
+    assert Trainer(cfg, resume=True).fit(other := make_dictionary(seed=5), stream()) is None
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items())
+    assert metrics(cfg.exp_result_path) == lines
+
+
+def test_a_run_can_be_made_longer(trainer_config):
+    cfg = trainer_config(5)
+    Trainer(cfg).fit(make_dictionary(), stream())
+    longer = cfg.replace(total_training_tokens=64 * 8)
+    trainer = Trainer(longer, resume=True)
+    trainer.fit(make_dictionary(), stream())
+    assert (trainer.cur_step, trainer.total_steps, trainer.cur_tokens) == (8, 8, 64 * 8)
+
+
+def test_a_stream_without_memory_cannot_be_resumed(trainer_config):
+    cfg = trainer_config(5)
+    batches = [next(stream()) for _ in range(5)]
+    Trainer(cfg).fit(make_dictionary(), batches)
+    with pytest.raises(RunFolderError, match="remember its place"):
+        Trainer(cfg.replace(total_training_tokens=64 * 8), resume=True).fit(make_dictionary(), batches)
+
+
+def test_another_dictionary_is_refused(trainer_config):
+    cfg = trainer_config(3)
+    Trainer(cfg).fit(make_dictionary("topk"), stream())
+    for options, difference in (({"act_fn": "relu"}, "act_fn"), ({"expansion_factor": 2}, "d_sae")):
+        with pytest.raises(RunFolderError, match=difference):
+            Trainer(cfg, resume=True).fit(make_dictionary(**{"act_fn": "topk", **options}), stream())
+
+
+def test_a_new_run_from_a_snapshot_takes_its_weights_and_nothing_else(trainer_config):
+    cfg = trainer_config(5, "old")
+    Trainer(cfg).fit(trained := make_dictionary(), stream())
+    new = trainer_config(1, "new", from_pretrained_path=cfg.exp_result_path, lr=1e-30)
+    trainer = Trainer(new)
+    trainer.fit(sae := make_dictionary(seed=5), stream())
+    assert trainer.cur_step == 1
+    assert all(torch.equal(value, sae.state_dict()[name]) for name, value in trained.state_dict().items())
+
+
+def test_a_checkpoint_loads_folded(trainer_config):
+    cfg = trainer_config(3)
+    Trainer(cfg).fit(sae := make_dictionary(), stream())
+    newest = newest_checkpoint(cfg.exp_result_path)
+    assert newest is not None
+    loaded = SparseDictionary.from_pretrained(newest)
+    assert loaded.cfg.norm_activation == "inference"
+    batch = next(stream())
+    torch.testing.assert_close(loaded.reconstruct(batch), sae.reconstruct({HOOK: batch[HOOK]}), rtol=1e-4, atol=1e-5)
