@@ -68,10 +68,11 @@ class JumpReLU(ActivationFunction):
     The logarithm stays in float32 (or float64) whatever the dictionary's data type.
     """
 
-    def __init__(self, cfg: SparseDictionaryConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: SparseDictionaryConfig, device: torch.device) -> None:
         super().__init__()
         self.window = cfg.jumprelu_threshold_window
-        start = torch.full((cfg.d_sae,), math.log(INITIAL_JUMPRELU_THRESHOLD), device=device, dtype=torch.promote_types(dtype, torch.float32))
+        dtype = torch.promote_types(cfg.dtype, torch.float32)  # pyright: ignore[reportArgumentType]
+        start = torch.full((cfg.d_sae,), math.log(INITIAL_JUMPRELU_THRESHOLD), device=device, dtype=dtype)
         self.log_jumprelu_threshold = nn.Parameter(start)
 
     def learned_threshold(self) -> Tensor:
@@ -167,11 +168,11 @@ def _refuse_per_latent(factor: float | Tensor, act_fn: str) -> None:
         )
 
 
-def make_activation_function(cfg: SparseDictionaryConfig, device: torch.device, dtype: torch.dtype) -> ActivationFunction:
+def make_activation_function(cfg: SparseDictionaryConfig, device: torch.device) -> ActivationFunction:
     """The sparsifier that the configuration names."""
     table: dict[str, Callable[[], ActivationFunction]] = {
         "relu": ReLU,
-        "jumprelu": lambda: JumpReLU(cfg, device, dtype),
+        "jumprelu": lambda: JumpReLU(cfg, device),
         "topk": TopK,
         "batchtopk": lambda: BatchTopK(device),
     }

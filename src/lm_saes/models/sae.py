@@ -20,7 +20,8 @@ from lm_saes import ops
 from lm_saes.config import SAEConfig
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError
-from lm_saes.models.sparse_dictionary import Batch, SparseDictionary
+from lm_saes.models.normalization import Batch
+from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.ops import Codes, Encoder, SparseCodes
 
 

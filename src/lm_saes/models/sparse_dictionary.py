@@ -1,4 +1,4 @@
-"""What all sparse dictionaries share: spaces and scales, running, folding, statistics, the loss.
+"""What all sparse dictionaries share: running in both spaces, statistics, the loss, making and loading. (Scales are in normalization.py.)
 
 A dictionary works in its own space, which is that of normalised activations, or of raw ones once the scale is folded into the
 weights (`norm_activation="inference"`). `normalize_activations` leads there and `denormalize_activations` back; `features`,
@@ -7,28 +7,27 @@ weights (`norm_activation="inference"`). `normalize_activations` leads there and
 
 from __future__ import annotations
 
-import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm_saes import losses, ops
 from lm_saes.config import SparseDictionaryConfig
-from lm_saes.devices import resolve_device, widest_float
-from lm_saes.errors import ConfigError, FoldingError
-from lm_saes.models import normalization, pretrained
+from lm_saes.devices import resolve_device
+from lm_saes.errors import ConfigError
+from lm_saes.models import pretrained
 from lm_saes.models.activation_functions import ActivationFunction, make_activation_function
+from lm_saes.models.normalization import ActivationSpace, Batch
 from lm_saes.ops import Codes, SparseCodes
 
-Batch = Mapping[str, Any]
-"""Activations by hook point, `mask`, and whatever else the stream says (docs/architecture.md)."""
+DictionaryT = TypeVar("DictionaryT", bound="SparseDictionary")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Forward:
     reconstruction: Float[Tensor, "N D"]
 
 
-class SparseDictionary(nn.Module, ABC):
+class SparseDictionary(ActivationSpace):
     """Base of the dictionaries. A variant brings parameters, an encoder, a decoder, and what folding does to them.
 
     Args:
@@ -50,24 +49,15 @@ class SparseDictionary(nn.Module, ABC):
         DeviceError: this machine does not have `cfg.device`.
     """
 
-    running_activation_norms: Tensor | None
-    """batch-wise only: the running mean norm at each hook point of `cfg.associated_hook_points`; 0 before the first step."""
-
     def __init__(self, cfg: SparseDictionaryConfig) -> None:
-        super().__init__()
-        _warn_of_kernel_options(cfg)
         device = resolve_device(cfg.device)
-        self.cfg = cfg
+        super().__init__(cfg, device)
+        _warn_of_kernel_options(cfg)
         self.provenance: dict[str, Any] = {}
         """Where the dictionary comes from; written into and read from `config.json`."""
         self.current_k: int = cfg.top_k
         """k of the TopK family, `cfg.top_k` unless it is being annealed."""
-        self.activation_function: ActivationFunction = make_activation_function(cfg, device, torch.empty(0, dtype=cfg.dtype).dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        norms = (
-            torch.zeros(len(cfg.associated_hook_points), device=device, dtype=widest_float(device)) if cfg.norm_activation == "batch-wise" else None
-        )
-        self.register_buffer("running_activation_norms", norms)
-        self._measured_norms: Tensor | None = None
+        self.activation_function: ActivationFunction = make_activation_function(cfg, device)
 
     # ------------------------------------------------------------------------------------------- what a variant brings
 
@@ -97,17 +87,8 @@ class SparseDictionary(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Data type of the weights."""
-
-    @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Device of the weights."""
-
-    @abstractmethod
-    def _scale_parameters_(self, scales: Mapping[str, float]) -> None:
-        """Fold the scale of each hook point into the parameters, thresholds included."""
 
     @abstractmethod
     def log_statistics(self) -> dict[str, float]:
@@ -149,63 +130,6 @@ class SparseDictionary(nn.Module, ABC):
 
     # ------------------------------------------------------------------------------------------- raw space
 
-    def compute_norm_factor(self, x: Float[Tensor, "*shape D"], hook_point: str, mask: Bool[Tensor, "*shape"] | None = None) -> Tensor:
-        """s at a hook point, broadcastable to the raw activations x: [..., 1] for token-wise, else a scalar.
-
-        Raises:
-            ConfigError: the mode needs a norm that was not measured yet.
-        """
-        if self.cfg.norm_activation == "token-wise":
-            return normalization.scale_for(normalization.vector_norms(x), self.cfg.d_model).unsqueeze(-1)
-        if self.cfg.norm_activation == "batch-wise" and self.training:
-            return normalization.scale_for(normalization.mean_norm(x, mask), self.cfg.d_model)
-        return torch.full((), self._constant_scale(hook_point), dtype=widest_float(x.device), device=x.device)
-
-    def _constant_scale(self, hook_point: str) -> float:
-        """s where it is one number for all activations: dataset-wise, batch-wise in eval mode, inference."""
-        norm: float | None = None
-        match self.cfg.norm_activation:
-            case "inference":
-                return 1.0
-            case "dataset-wise":
-                norm = (self.cfg.dataset_average_activation_norm or {}).get(hook_point)
-                remedy = "initialise with an activation stream, or call set_dataset_average_activation_norm"
-            case _:
-                assert self.running_activation_norms is not None
-                norm = self.running_activation_norms.tolist()[self.cfg.associated_hook_points.index(hook_point)]
-                remedy = "train first; the running mean is that of training"
-        if not norm:
-            raise ConfigError(f"norm_activation '{self.cfg.norm_activation}' has no mean norm for hook point '{hook_point}'; {remedy}")
-        return math.sqrt(self.cfg.d_model) / norm
-
-    def normalize_activations(self, batch: Batch, return_scale_factor: bool = False) -> Any:
-        """The batch with the activations of this dictionary's hook points scaled into its own space; hook points that the batch lacks are
-        left out. In training, batch-wise norms are noted for the next `update_statistics`.
-
-        Returns:
-            the batch, or with `return_scale_factor` (batch, {hook point: factor}).
-        """
-        factors: dict[str, Tensor] = {}
-        scaled = dict(batch)
-        for hook_point in self.cfg.associated_hook_points:
-            if hook_point in batch:
-                x = batch[hook_point]
-                factors[hook_point] = self.compute_norm_factor(x, hook_point, batch.get("mask"))
-                scaled[hook_point] = x.to(self.dtype) if self.cfg.norm_activation == "inference" else self._scaled(x, factors[hook_point])
-        if self.running_activation_norms is not None and self.training:
-            norms = [normalization.mean_norm(batch[hook], batch.get("mask")) if hook in batch else None for hook in self.cfg.associated_hook_points]
-            zero = torch.zeros((), device=self.running_activation_norms.device)
-            self._measured_norms = torch.stack([zero if norm is None else norm.detach().to(zero) for norm in norms])
-        return (scaled, factors) if return_scale_factor else scaled
-
-    def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        """x * factor, multiplied in at least float32 and then given the weights' data type."""
-        return (ops.at_least_float32(x).to(torch.promote_types(self.dtype, torch.float32)) * factor).to(self.dtype)
-
-    def denormalize_activations(self, batch: Batch, scale_factors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The way back: the activations named in `scale_factors` divided by them."""
-        return {**batch, **{hook: (batch[hook] / factor).to(batch[hook].dtype) for hook, factor in scale_factors.items() if hook in batch}}
-
     def features(self, batch: Batch) -> Float[Tensor, "*shape F"]:
         """Dense codes of raw activations."""
         return self.encode(self.prepare_input(self.normalize_activations(batch)))
@@ -227,41 +151,6 @@ class SparseDictionary(nn.Module, ABC):
         factor = factors.get(hook_out, self._constant_scale(hook_out) if hook_out not in factors else 1.0)
         return codes, self.decode(codes) / factor
 
-    def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
-        """Set the mean norm of raw activations at each hook point.
-
-        Raises:
-            ConfigError: the mode is not dataset-wise, or a hook point is missing or unknown, or a norm not positive.
-        """
-        if self.cfg.norm_activation != "dataset-wise":
-            raise ConfigError(f"a dataset's mean norms belong to norm_activation 'dataset-wise', got '{self.cfg.norm_activation}'")
-        missing = set(self.cfg.associated_hook_points) - set(norms)
-        if missing:
-            raise ConfigError(f"mean norms are missing for {sorted(missing)}")
-        self.cfg = self.cfg.replace(dataset_average_activation_norm={hook: float(norm) for hook, norm in norms.items()})
-
-    @torch.no_grad()
-    def fold_activation_scale(self) -> None:
-        """Fold the activation scale into the weights, in place: from here on the dictionary's own space is that of raw activations.
-
-        Codes become codes / s_in; reconstructions of raw activations stay what they were. The configuration becomes "inference".
-
-        Raises:
-            FoldingError: there is no constant scale (token-wise), none was measured, or it was folded already.
-        """
-        mode = self.cfg.norm_activation
-        if mode == "inference":
-            raise FoldingError("the activation scale was folded already (norm_activation is 'inference')")
-        if mode == "token-wise":
-            raise FoldingError("norm_activation 'token-wise' has a scale for each vector and cannot be folded; pass fold_activation_scale=False")
-        try:
-            scales = {hook: self._constant_scale(hook) for hook in self.cfg.associated_hook_points}
-        except ConfigError as error:
-            raise FoldingError(f"cannot fold: {error} (or pass fold_activation_scale=False)") from None
-        self._scale_parameters_(scales)
-        self.running_activation_norms = self._measured_norms = None
-        self.cfg = self.cfg.replace(norm_activation="inference", dataset_average_activation_norm=None)
-
     # ------------------------------------------------------------------------------------------- training
 
     @torch.no_grad()
@@ -269,9 +158,7 @@ class SparseDictionary(nn.Module, ABC):
         """Once per optimizer step: move BatchTopK's threshold by the codes of the step, and the running norms of batch-wise by those
         that `normalize_activations` noted last. (Codes outside the mask are empty, so the mask itself adds nothing.)"""
         self.activation_function.update_statistics(forward.codes, self.encoder())
-        if self.running_activation_norms is not None and self._measured_norms is not None:
-            normalization.update_running_norms_(self.running_activation_norms, self._measured_norms)
-            self._measured_norms = None
+        self.update_running_norms()
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -329,7 +216,7 @@ class SparseDictionary(nn.Module, ABC):
     # ------------------------------------------------------------------------------------------- making, saving, loading
 
     @classmethod
-    def from_config(cls, cfg: SparseDictionaryConfig, device_mesh: Any = None) -> Self:
+    def from_config(cls: type[DictionaryT], cfg: SparseDictionaryConfig, device_mesh: Any = None) -> DictionaryT:
         """A dictionary of that shape with a small random start; `Initializer` gives it a good one.
 
         Raises:
@@ -340,14 +227,14 @@ class SparseDictionary(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[DictionaryT],
         pretrained_name_or_path: str | Path,
         *,
         device_mesh: Any = None,
         fold_activation_scale: bool = True,
         strict_loading: bool = True,
         **cfg_overrides: Any,
-    ) -> Self:
+    ) -> DictionaryT:
         """A saved dictionary, in eval mode.
 
         Args:
@@ -364,7 +251,7 @@ class SparseDictionary(nn.Module, ABC):
         return pretrained.load(cls, pretrained_name_or_path, device_mesh, fold_activation_scale, strict_loading, cfg_overrides)
 
     @classmethod
-    def from_local(cls, path: str | Path, **options: Any) -> Self:
+    def from_local(cls: type[DictionaryT], path: str | Path, **options: Any) -> DictionaryT:
         """`from_pretrained` of a folder."""
         return cls.from_pretrained(path, **options)
 

@@ -22,7 +22,8 @@ class SparseCodes:
     values: Float[Tensor, " nnz"]
     indices: Int64[Tensor, " nnz"]
     """The latent of each entry."""
-    offsets: Int64[Tensor, " N+1"]
+    offsets: Int64[Tensor, " ends"]
+    """[N + 1], from 0 to nnz."""
     n_latents: int
     """F."""
 
