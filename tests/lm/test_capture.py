@@ -90,7 +90,7 @@ def test_nothing_is_left_behind() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
     assert not seen.requires_grad
     assert not seen.is_inference()  # a dictionary is trained on it
-    assert not list(lm.model.parameters())[0].grad
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in lm.model.parameters())
 
 
 def test_dropout_is_off_even_if_the_caller_is_training() -> None:

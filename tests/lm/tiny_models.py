@@ -67,14 +67,19 @@ def byte_level_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[0], pad_token=specials[1])
 
 
-def wordpiece_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """WordPiece as in BERT: `[CLS]` 0, `[PAD]` 1, `[SEP]` 2, `[UNK]` 3, `[MASK]` 4."""
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece as in BERT: `[CLS]` 0, `[PAD]` 1, `[SEP]` 2, `[UNK]` 3, `[MASK]` 4, then the characters and some words of `SENTENCES`.
+
+    The vocabulary is listed, not trained: the trainer of the tokenizers library breaks ties by chance.
+    """
     specials = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=specials, show_progress=False))
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for sentence in SENTENCES for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))})
+    characters = sorted({character for word in words for character in word})
+    pieces = dict.fromkeys([*specials, *characters, *(f"##{character}" for character in characters), "##es", "##ing", *words[::2]])
+    vocabulary = {piece: index for index, piece in enumerate(list(pieces)[:VOCABULARY])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]"
     )

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -237,7 +238,7 @@ def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
             loaded: Any = auto.from_pretrained(
                 location, config=config, dtype=cfg.dtype, use_safetensors=True, output_loading_info=True, **_source(cfg)
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise explain(error, location, "the model") from None
     model, report = loaded
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's pooler comes after the last hidden state
