@@ -112,6 +112,9 @@ def test_padding_is_never_kept_even_where_nothing_is_ignored() -> None:
     stream = capture(["ab"], model, packing=False, ignore_token_ids=[])
     assert next(stream)["mask"].tolist() == [[True] * 3 + [False] * 5]
     assert (stream.counts[0]["tokens"], stream.counts[0]["padding"]) == (3, 5)
+    listed = capture(["ab"], model, packing=False, ignore_token_ids=[EOS])
+    assert next(listed)["mask"].tolist() == [[False, True, True] + [False] * 5]
+    assert (listed.counts[0]["ignored"], listed.counts[0]["padding"]) == (1, 5)
 
 
 def test_a_giant_token_is_dropped_whichever_hook_point_shows_it() -> None:
@@ -127,19 +130,24 @@ def test_a_giant_token_is_dropped_whichever_hook_point_shows_it() -> None:
         assert off.counts[0]["outlier"] == 0
 
 
-def test_a_giant_bos_does_not_move_the_median() -> None:
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_special_tokens_neither_move_the_median_nor_count_as_outliers(size: float) -> None:
     model = FakeLanguageModel()
-    model.scale[BOS] = 1e6
-    stream = capture(["abcdefg"], model, context_size=2, rows=1, outlier_norm_factor=2.0)
+    model.scale[BOS] = size
+    stream = capture(["abcdefg"], model, context_size=2, rows=1, outlier_norm_factor=3.0)
     next(stream)  # half of the positions are BOS
     assert stream.norm_medians[HOOKS[1]].value() == pytest.approx(1.1, abs=0.2)
+    assert stream.counts[0] | {"kept": 1, "special": 1, "outlier": 0} == stream.counts[0]
 
 
 def test_the_median_is_of_all_text_so_far_not_of_the_batch() -> None:
     model = FakeLanguageModel()
     model.scale[ord("z")] = 50.0
-    stream = capture(["a" * 70 + "z" * 7], model, rows=1, outlier_norm_factor=10.0)
-    assert [int(batch["mask"].sum()) for batch in stream] == [7] * 10 + [0]
+    stream, resumed = (capture(["a" * 70 + "z" * 7], model, rows=1, outlier_norm_factor=10.0) for _ in range(2))
+    assert [int(next(stream)["mask"].sum()) for _ in range(10)] == [7] * 10
+    resumed.load_state_dict(stream.state_dict())
+    for last in (stream, resumed):
+        assert [int(batch["mask"].sum()) for batch in last] == [0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
