@@ -224,7 +224,7 @@ def test_the_hub_is_not_reached_when_offline() -> None:
 
 
 def test_names_that_are_neither_hub_names_nor_folders(tmp_path: Path) -> None:
-    assert "no such folder" in refusal(config(tmp_path / "missing"))
+    assert f"there is no folder {tmp_path}/missing" in refusal(config(tmp_path / "missing"))
     assert "no such folder" in refusal(config("a b/c d"))
 
 
@@ -246,6 +246,18 @@ def test_weights_that_lack_a_tensor_are_not_filled_with_noise(saved: dict[str, P
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert "lack 1 tensors of a LlamaForCausalLM, among them model.layers.1.mlp.up_proj.weight" in refusal(config(tmp_path))
+
+
+def test_a_model_published_without_its_head_has_activations_but_no_logits(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lm = load_model(config(tmp_path))
+    ids, name = torch.tensor([[3, 4]]), "ln_final.hook_normalized"
+    assert torch.equal(lm.capture(ids, None, [name])[name], language_model("llama").capture(ids, None, [name])[name])
+    with pytest.raises(LanguageModelError, match="no logits"):
+        lm.logits(ids)
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:

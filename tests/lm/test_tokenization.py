@@ -92,6 +92,13 @@ def test_sentencepiece_spaces_and_byte_pieces() -> None:
     assert tokenization.texts(PIECES, tokenization.tokenize(PIECES, " the").ids)[0].startswith(" ")  # a leading space is not lost
 
 
+def test_added_runs_of_spaces_are_spaces() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_tokens([AddedToken("▁▁▁", normalized=False)])
+    index = tokenizer.convert_tokens_to_ids("▁▁▁")
+    assert tokenization.texts(tokenizer, [index, 1]) == ["   ", "<s>"]
+
+
 def test_wordpiece_shows_no_marks_and_readable_words() -> None:
     ids = tokenization.tokenize(WORDS, "The quick brown foxes").ids
     texts = tokenization.texts(WORDS, [0, *ids, 2])

@@ -31,6 +31,8 @@ def explain(error: BaseException, name: str, what: str) -> LanguageModelError:
         return LanguageModelError(f"{name} brings its own code; read it at {page} and set trust_remote_code=True if you trust it")
     if Path(name).is_dir():
         return LanguageModelError(f"the folder {name} does not hold {what} that can be loaded: {message}")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        return LanguageModelError(f"there is no folder {name}; give a folder that holds {what}, a name on the hub such as 'gpt2', or 'demo'")
     if any_of(hub.GatedRepoError):
         return LanguageModelError(f"{name} is gated: ask for access at {page}, then pass your token (HF_TOKEN=... or `hf auth login`)")
     if any_of(hub.RevisionNotFoundError):

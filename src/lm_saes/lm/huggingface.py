@@ -124,7 +124,7 @@ class HuggingFaceLanguageModel(LanguageModel):
                 output = self.model(**inputs, output_hidden_states=True)
         result = getattr(output, "logits", None) if self.is_causal else output.hidden_states[-1]
         if result is None:
-            raise LanguageModelError(f"{type(self.model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+            raise LanguageModelError(f"{type(self.model).__name__} has no language-model head, so there are no logits; use a model that has one")
         return result
 
     def hook_width(self, hook_point: str) -> int:
@@ -242,6 +242,9 @@ def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
         raise explain(error, location, "the model") from None
     model, report = loaded
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's pooler comes after the last hidden state
+    head = model.get_output_embeddings()
+    if missing and all(model.get_submodule(name.rpartition(".")[0]) is head for name in missing):
+        model, missing = model.base_model, []  # published without its head: everything but logits is there
     if missing:
         raise LanguageModelError(f"the weights of {location} lack {len(missing)} tensors of a {type(model).__name__}, among them {missing[0]}")
     return model.eval()

@@ -55,15 +55,16 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What to print for each token, such that the texts joined are the text.
+    """What to print for each token, such that the texts joined are the text as the tokenizer normalises it.
 
     Tokens become bytes and are decoded together: a character cut into several tokens is shown by the first, the others are empty.
     Bytes that are no UTF-8 are shown as the replacement character. WordPiece words get the space in front of them that the tokenizer dropped.
     """
     ids = [int(index) for index in ids]
     names: list[str | None] = tokenizer.convert_ids_to_tokens(ids)
-    added = {int(index): str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    pieces_to_bytes = _BYTES_OF_PIECE[_kind(tokenizer)]
+    kind = _kind(tokenizer)
+    added = {int(index): _added_text(token, kind) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    pieces_to_bytes = _BYTES_OF_PIECE[kind]
     pieces: list[bytes] = []
     for position, (index, name) in enumerate(zip(ids, names, strict=True)):
         if index in added:
@@ -76,6 +77,11 @@ def texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             follows_word = position > 0 and ids[position - 1] not in added
             pieces.append(pieces_to_bytes(name, follows_word))
     return _decode_together(pieces)
+
+
+def _added_text(token: Any, kind: str) -> str:
+    """Added tokens stand for their own text, but SentencePiece models write runs of spaces (Gemma) in their way there too."""
+    return str(token).replace("▁", " ") if kind == "sentencepiece" and not getattr(token, "special", False) else str(token)
 
 
 def _decode_together(pieces: list[bytes]) -> list[str]:
