@@ -43,5 +43,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+figures: $(VENV)/.installed
+	$(BIN)/python scripts/make_figures.py
+
 clean:
 	rm -rf $(VENV) build dist runs/demo

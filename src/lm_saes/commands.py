@@ -16,9 +16,9 @@ from lm_saes.analysis.features import Feature, FeatureFinder, find_features, pic
 from lm_saes.config import EvalConfig, EvaluateSAESettings, SAEConfig, TrainSAESettings, load_settings
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.estimate import estimate
-from lm_saes.runners import evaluate_dictionary, evaluate_sae, evaluation_stream, load_run, settings_of_run, train_sae
-from lm_saes.training.checkpoint import newest_checkpoint, write_json
-from lm_saes.training.loggers import ConsoleLogger
+from lm_saes.runners import evaluate_dictionary, evaluate_sae, evaluation_stream, load_run, settings_of_run, train_sae, write_json
+from lm_saes.training import loggers
+from lm_saes.training.checkpoint import newest_checkpoint
 
 if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
@@ -68,7 +68,7 @@ def train(settings: TrainSAESettings, resume: bool = False, terminal: Console | 
             terminal.print(Text("\nevaluation on held-out text", style="bold"))
             terminal.print(display.evaluation_table(value))
 
-    train_sae(settings, resume=resume, loggers=[ConsoleLogger(terminal)], report=report)
+    train_sae(settings, resume=resume, loggers=[loggers.Console(terminal)], report=report)
     minutes = (time.monotonic() - start) / 60
     terminal.print(Text(f"\nfinished in {minutes:.1f} min: {folder}", style="bold"))
     terminal.print(Text.assemble("look at it:  ", (f"lm-saes show {folder}", "cyan")))
@@ -118,7 +118,7 @@ def show_run(run: Path, n: int = SHOWN, terminal: Console | None = None) -> None
     if results:
         terminal.print()
         terminal.print(display.evaluation_table(results))
-    features = _features_of_run(run, n)
+    features = features_of_run(run, n)
     terminal.print(
         Text("\nfeatures", style="bold").append(
             "  (each line a context of held-out text; the warmer a token, the harder the feature fires on it)", style="dim"
@@ -148,7 +148,7 @@ def _search(sae: SparseDictionary, settings: TrainSAESettings, model: LanguageMo
     return find_features(sae, evaluation_stream(settings, model), tokens, n_contexts)
 
 
-def _features_of_run(run: Path, n: int) -> list[Feature]:
+def features_of_run(run: Path, n: int) -> list[Feature]:
     """A handful of features: those kept in `features.json`, or found now and kept there."""
     saved = display.read_json(run / "features.json")
     if saved and len(saved["features"]) >= n:

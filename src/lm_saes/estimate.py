@@ -122,7 +122,9 @@ def _sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
     batch_tokens = factory.batch_size * (context if rows else 1)
     micro = -(-batch_tokens // trainer.gradient_accumulation_steps)
     widths = {hook: (model.hook_width(hook) if model else d) for hook in factory.hook_points}
-    activation_bytes = 4 if factory.override_dtype is None else torch.empty((), dtype=factory.override_dtype).element_size()
+    activations = factory.override_dtype or (settings.model.dtype if settings.model else torch.float32)
+    assert isinstance(activations, torch.dtype)
+    activation_bytes = activations.itemsize
     buffer = (factory.buffer_size or factory.batch_size) * (sum(widths.values()) * activation_bytes + 9)
     if factory.max_buffer_bytes is not None:
         buffer = min(buffer, factory.max_buffer_bytes)
@@ -148,8 +150,7 @@ def _calibrate(settings: TrainSAESettings, model: LanguageModel | None, result: 
         trainer_cfg = settings.trainer.replace(exp_result_path=str(Path(name) / "run"), n_checkpoints=0)
         settings = settings.replace(trainer=trainer_cfg)
         stream = _Limited(open_stream(settings, model, trainer_cfg.seed))
-        os.makedirs(trainer_cfg.exp_result_path)
-        sae: SparseDictionary = start_dictionary(settings, stream, model, Path(name))  # pyright: ignore[reportArgumentType]
+        sae: SparseDictionary = start_dictionary(settings, stream, model)
         result.startup_seconds = time.monotonic() - start
         stream.begin(CALIBRATION_SECONDS)
         Trainer(trainer_cfg).fit(sae, stream)

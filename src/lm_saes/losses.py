@@ -8,18 +8,37 @@ again for the latents that it looks at.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lm_saes import ops
+from lm_saes.config import SparseDictionaryConfig
 from lm_saes.errors import ConfigError
-from lm_saes.ops import at_least_float32
+from lm_saes.ops import Codes, Encoder, at_least_float32
 
-if TYPE_CHECKING:
-    from lm_saes.models.sparse_dictionary import Forward, SparseDictionary
+
+@dataclass(frozen=True)
+class Forward:
+    """What a dictionary makes of N tokens, in its own space."""
+
+    codes: Codes
+    """The gated h: dense [N, F], or sparse for the TopK family."""
+    reconstruction: Float[Tensor, "N D"]
+
+
+@runtime_checkable
+class HasLosses(Protocol):
+    """What the terms ask of a dictionary; see `SparseDictionary`."""
+
+    cfg: SparseDictionaryConfig
+
+    def encoder(self) -> Encoder: ...
+    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, " F"]: ...
+    def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]: ...
+    def learned_threshold(self) -> Float[Tensor, " F"] | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class LossWeights:
     k_aux: int = 512
 
 
-def total_loss(dictionary: SparseDictionary, inputs: LossInputs, weights: LossWeights) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+def total_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The loss, and its weighted terms by name: `mse_loss`, `sparsity_loss`, `lp_loss`, `aux_loss`, those that there are.
 
     Raises:
@@ -70,12 +89,12 @@ def total_loss(dictionary: SparseDictionary, inputs: LossInputs, weights: LossWe
     return torch.stack(list(terms.values())).sum(), terms
 
 
-def reconstruction_loss(dictionary: SparseDictionary, inputs: LossInputs) -> Float[Tensor, ""]:  # noqa: ARG001  every term has this head
+def reconstruction_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tensor, ""]:  # noqa: ARG001  every term has this head
     """sum_d (x^ - y)^2."""
     return masked_mean(_squared_error(inputs.forward.reconstruction, inputs.target), inputs.mask)
 
 
-def sparsity_loss(dictionary: SparseDictionary, inputs: LossInputs, weights: LossWeights) -> Float[Tensor, ""]:
+def sparsity_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) -> Float[Tensor, ""]:
     """The penalty that `weights.sparsity_loss_type` names, not yet multiplied by lambda."""
     match weights.sparsity_loss_type:
         case "power":
@@ -88,7 +107,7 @@ def sparsity_loss(dictionary: SparseDictionary, inputs: LossInputs, weights: Los
             raise ConfigError(f"sparsity_loss_type must be power, tanh or tanh-quad, got {other!r}")
 
 
-def power_loss(dictionary: SparseDictionary, inputs: LossInputs, p: float = 1.0) -> Float[Tensor, ""]:
+def power_loss(dictionary: HasLosses, inputs: LossInputs, p: float = 1.0) -> Float[Tensor, ""]:
     """|| f n ||_p for p > 0; p = 1 is the L1 penalty of Anthropic's April 2024 update. Latents that are off get no gradient."""
     magnitudes = ops.scale_latents(inputs.forward.codes, dictionary.decoder_norm())
     if p == 1:
@@ -97,12 +116,12 @@ def power_loss(dictionary: SparseDictionary, inputs: LossInputs, p: float = 1.0)
     return masked_mean(_power(sums, 1 / p), inputs.mask)
 
 
-def tanh_loss(dictionary: SparseDictionary, inputs: LossInputs, stretch: float = 4.0) -> Float[Tensor, ""]:
+def tanh_loss(dictionary: HasLosses, inputs: LossInputs, stretch: float = 4.0) -> Float[Tensor, ""]:
     """sum_i tanh(c f_i n_i) (Anthropic, January 2025 update)."""
     return masked_mean(ops.row_sums(_stretched_tanh(dictionary, inputs, stretch)), inputs.mask)
 
 
-def tanh_quad_loss(dictionary: SparseDictionary, inputs: LossInputs, stretch: float = 4.0, frequency_scale: float = 0.01) -> Float[Tensor, ""]:
+def tanh_quad_loss(dictionary: HasLosses, inputs: LossInputs, stretch: float = 4.0, frequency_scale: float = 0.01) -> Float[Tensor, ""]:
     """sum_i p_i (1 + p_i / s), p_i the masked mean of tanh(c f_i n_i) over the batch: frequent latents cost more."""
     codes = _stretched_tanh(dictionary, inputs, stretch)
     mask = _row_mask(inputs)
@@ -110,14 +129,14 @@ def tanh_quad_loss(dictionary: SparseDictionary, inputs: LossInputs, stretch: fl
     return (frequency * (1 + frequency / frequency_scale)).sum()
 
 
-def preactivation_loss(dictionary: SparseDictionary, inputs: LossInputs) -> Float[Tensor, ""]:
+def preactivation_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tensor, ""]:
     """sum_i relu(theta_i - q_i) where the gate includes the decoder norm, else sum_i relu(theta_i - h_i) n_i: pulls silent latents of
     JumpReLU towards firing (Anthropic, January 2025 update).
 
     Raises:
         ConfigError: the activation function learns no threshold.
     """
-    threshold = dictionary.activation_function.learned_threshold()
+    threshold = dictionary.learned_threshold()
     if threshold is None:
         raise ConfigError(
             f"lp_coefficient is the weight of JumpReLU's pre-activation loss; got act_fn '{dictionary.cfg.act_fn}', set lp_coefficient to none"
@@ -129,7 +148,7 @@ def preactivation_loss(dictionary: SparseDictionary, inputs: LossInputs) -> Floa
     return masked_mean(missing.sum(-1), inputs.mask)
 
 
-def auxk_loss(dictionary: SparseDictionary, inputs: LossInputs, k_aux: int = 512) -> Float[Tensor, ""]:
+def auxk_loss(dictionary: HasLosses, inputs: LossInputs, k_aux: int = 512) -> Float[Tensor, ""]:
     """AuxK: V * mean ||e - e^||^2 / mean ||e||^2 (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
 
     e = y - x^ is the error, detached; e^ the reconstruction of it by the k_aux dead latents of largest relu(q), without b_D. The
@@ -166,7 +185,7 @@ def _squared_error(estimate: Tensor, target: Tensor) -> Float[Tensor, " N"]:
     return (at_least_float32(estimate) - at_least_float32(target)).square().sum(-1)
 
 
-def _stretched_tanh(dictionary: SparseDictionary, inputs: LossInputs, stretch: float) -> ops.Codes:
+def _stretched_tanh(dictionary: HasLosses, inputs: LossInputs, stretch: float) -> Codes:
     return ops.map_codes(ops.scale_latents(inputs.forward.codes, dictionary.decoder_norm()), lambda v: (stretch * v).tanh())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel, load_model
 from lm_saes.models.initializer import Initializer
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import RunFolder, write_json
+from lm_saes.training.checkpoint import RunFolder, write_atomically
+from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
 from lm_saes.training.trainer import Trainer
 from lm_saes.version import __version__
 
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 EVALUATION_ROWS = 8
 """Contexts in one batch of an evaluation: small enough for any machine, large enough to keep it busy."""
+
+TOKENS_DURING_TRAINING = 50_000
+"""Tokens of the evaluations inside a training."""
 
 
 def train_sae(
@@ -65,37 +69,31 @@ def train_sae(
         LmSaesError: anything a user can mend; nothing is left half-written.
     """
     report = report or _silent
-    folder = RunFolder(settings.trainer.exp_result_path)
-    checkpoint = folder.open(resume=resume)
-    device_settings = with_device(settings)
-    model = open_model(device_settings)
+    folder = Path(settings.trainer.exp_result_path)
+    newest = RunFolder(folder).open(resume) if folder.exists() else None
+    placed = with_device(settings)
+    model = open_model(placed)
     report("model", model)
-    stream = open_stream(device_settings, model, settings.trainer.seed)
     check_widths(settings, model)
+    stream = open_stream(placed, model, settings.trainer.seed)
 
-    if checkpoint is not None:
-        sae = SparseDictionary.from_pretrained(checkpoint, fold_activation_scale=False, device=str(device_settings.sae.device))
-        trainer = Trainer.from_checkpoint(sae, checkpoint, cfg=settings.trainer, loggers=loggers)
+    if newest is not None:
+        sae = SparseDictionary.from_pretrained(newest, fold_activation_scale=False, device=placed.sae.device)
     else:
-        sae = start_dictionary(device_settings, stream, model, folder.path, report)
-        trainer = Trainer(settings.trainer, loggers=loggers)
+        sae = start_dictionary(placed, stream, model, report, folder)
     sae.provenance = provenance(settings, model)
-    write_json(folder.path / "settings.json", {"versions": versions(), **settings.as_dict()})
+    table = {"versions": versions(), **settings.as_dict()}
+    write_json(folder / "settings.json", table)
 
-    eval_fn = None
-    if settings.eval:
-        quick = settings.eval_config.replace(total_eval_tokens=min(settings.eval_config.total_eval_tokens, 50_000), baseline_pca=None)
-        eval_fn = lambda dictionary: Evaluator(quick).evaluate(dictionary, evaluation_stream(device_settings, model), model=model)  # noqa: E731
-    trainer.fit(sae, stream, eval_fn)
+    trainer = Trainer(settings.trainer, loggers=[*loggers, *_configured_loggers(settings, table)], settings=table, resume=resume)
+    trainer.fit(sae, stream, _evaluation_during_training(placed, model) if settings.eval else None)
     report("stream", stream)
-
-    sae.eval()
     if settings.fold_activation_scale and sae.cfg.norm_activation in {"dataset-wise", "batch-wise"}:
         sae.fold_activation_scale()
-    sae.save_pretrained(folder.path)
+    sae.save_pretrained(folder)
     if settings.eval:
-        results = evaluate_dictionary(sae, settings.eval_config, device_settings, model)
-        write_json(folder.path / "evaluation.json", results)
+        results = evaluate_dictionary(sae, settings.eval_config, placed, model)
+        write_json(folder / "evaluation.json", results)
         report("evaluation", results)
     return sae
 
@@ -178,7 +176,11 @@ def evaluate_dictionary(sae: SparseDictionary, cfg: EvalConfig, settings: Settin
 
 
 def start_dictionary(
-    settings: TrainSAESettings, stream: ActivationStream, model: LanguageModel | None, folder: Path, report: Callable[[str, Any], None] = _silent
+    settings: TrainSAESettings,
+    stream: Iterable[dict[str, Any]],
+    model: LanguageModel | None,
+    report: Callable[[str, Any], None] = _silent,
+    folder: Path | None = None,
 ) -> SparseDictionary:
     """A fresh dictionary: initialised from the start of the stream, or loaded from saved weights (fine-tuning)."""
     if isinstance(settings.sae, PretrainedSAE):
@@ -190,9 +192,28 @@ def start_dictionary(
         )
     initializer = Initializer(settings.initializer or InitializerConfig())
     sae = initializer.initialize_sae_from_config(settings.sae, stream, model=model, seed=settings.trainer.seed)
-    write_json(folder / "initialization.json", initializer.report.as_dict())
+    if folder is not None:
+        write_json(folder / "initialization.json", initializer.report.as_dict())
     report("initialization", initializer.report)
     return sae
+
+
+def _configured_loggers(settings: TrainSAESettings, table: dict[str, Any]) -> list[Logger]:
+    """The loggers that the settings name."""
+    loggers: list[Logger] = []
+    if settings.wandb is not None:
+        loggers.append(WandbLogger(settings.wandb, table))
+    if settings.tensorboard is not None:
+        loggers.append(TensorBoardLogger(settings.tensorboard, settings.trainer.exp_result_path))
+    if settings.trackio is not None:
+        loggers.append(TrackioLogger(settings.trackio, table))
+    return loggers
+
+
+def _evaluation_during_training(settings: TrainSAESettings, model: LanguageModel | None) -> Callable[[SparseDictionary], dict[str, Any]]:
+    """A smaller evaluation on the same held-out text, for the curve."""
+    cfg = settings.eval_config.replace(total_eval_tokens=min(settings.eval_config.total_eval_tokens, TOKENS_DURING_TRAINING))
+    return lambda sae: Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)
 
 
 def check_widths(settings: TrainSAESettings, model: LanguageModel | None) -> None:
@@ -229,6 +250,12 @@ def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[
         record["model"] = settings.model.model_dump(mode="json", exclude={"device"})
         record["model_identity"] = model.provenance()
     return record
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Replace a JSON file, whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(table, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

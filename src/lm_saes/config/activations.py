@@ -14,7 +14,9 @@ class LanguageModelConfig(BaseModelConfig):
     """A language model. `model_name="demo"` is the one the package carries."""
 
     device: str = "auto"
+    """Where the model runs; `auto` is the best there is."""
     dtype: DType = "float32"
+    """Data type of the weights and the activations."""
     model_name: str = "gpt2"
     """A name on the Hugging Face hub, a folder, or "demo"."""
     model_from_pretrained_path: PathString | None = None
@@ -34,8 +36,11 @@ class LanguageModelConfig(BaseModelConfig):
     prepend_bos: bool = True
     """Begin every context with the model's BOS token, if it has one."""
     bos_token_id: int | None = None
+    """Instead of the tokenizer's."""
     eos_token_id: int | None = None
+    """Instead of the tokenizer's."""
     pad_token_id: int | None = None
+    """Instead of the tokenizer's."""
 
     def save_lm_config(self, folder: Any) -> None:
         """Write `lm_config.json` into an existing folder."""
@@ -71,6 +76,7 @@ class DatasetConfig(BaseConfig):
     dataset_name_or_path: PathString = "openwebtext"
     """A name on the Hugging Face hub, a folder, a `.txt`, `.jsonl`, `.json`, `.csv` or `.parquet` file (also a pattern with `*`), or "demo"."""
     cache_dir: PathString | None = None
+    """Cache folder of the hub client."""
     is_dataset_on_disk: bool = False
     """The folder was written by `datasets.Dataset.save_to_disk`."""
     name: str | None = None
@@ -78,10 +84,13 @@ class DatasetConfig(BaseConfig):
     split: str = "train"
     """Split ("train" or "heldout" for the demo corpus)."""
     text_column: str = "text"
+    """Column that holds the text."""
     streaming: bool = False
     """Read from the hub while training instead of downloading first."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
+    """Must stay off: datasets that bring code are not supported."""
 
     @model_validator(mode="after")
     def _no_code_from_datasets(self) -> Self:
@@ -112,6 +121,7 @@ class ActivationFactorySource(BaseConfig):
     """Base of the sources."""
 
     type: str
+    """"dataset" or "activations"."""
     name: str
     """The dataset's key in `datasets`."""
     sample_weights: float = Field(default=1.0, gt=0)
@@ -122,6 +132,7 @@ class ActivationFactoryDatasetSource(ActivationFactorySource):
     """Text that a language model reads on the fly."""
 
     type: Literal["dataset"] = "dataset"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """"dataset"."""
     is_dataset_tokenized: bool = False
     """Rows already hold token ids in a column `tokens` (or `input_ids`)."""
     prepend_bos: bool | None = None
@@ -132,11 +143,17 @@ class ActivationFactoryActivationsSource(ActivationFactorySource):
     """Activations on disk."""
 
     type: Literal["activations"] = "activations"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """"activations"."""
     path: PathString | dict[str, PathString]
+    """The cache's folder, with one folder per hook point in it, or a folder for each hook point."""
     device: str = "cpu"
+    """Where activations are loaded to."""
     dtype: OptionalDType = None
+    """Cast on loading."""
     num_workers: int = Field(default=4, ge=0)
+    """Readers at work."""
     prefetch: int | None = 8
+    """Chunks read ahead by each."""
 
 
 def _source_kind(value: Any) -> str:
@@ -154,6 +171,7 @@ class BufferShuffleConfig(BaseConfig):
     """Seed of the shuffle buffer."""
 
     perm_seed: int = 42
+    """Seed of the permutations."""
     generator_device: str | None = None
     """Must stay unset or "cpu": the permutation is drawn on the CPU, so that it is the same on every machine."""
 
@@ -168,8 +186,11 @@ class ActivationFactoryConfig(BaseConfig):
     """A stream of batches: which text, which hook points, filtered and shuffled how."""
 
     sources: list[Source] = Field(min_length=1)
+    """Where the text comes from."""
     target: ActivationFactoryTarget = ActivationFactoryTarget.ACTIVATIONS_1D
+    """Single activations (1d), activations in context (2d) or tokens."""
     hook_points: list[str] = Field(min_length=1)
+    """Hook points that are captured."""
     batch_size: int = Field(ge=1)
     """Tokens (activations-1d) or sequences (activations-2d, tokens) in a batch."""
     num_workers: int = 4

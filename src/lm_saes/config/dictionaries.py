@@ -132,6 +132,7 @@ class SAEConfig(SparseDictionaryConfig):
     """A sparse autoencoder, or a transcoder when `hook_point_out` differs from `hook_point_in`."""
 
     sae_type: Literal["sae"] = "sae"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """"sae"."""
     act_fn: Literal["relu", "jumprelu", "topk", "batchtopk"] = "relu"  # pyright: ignore[reportIncompatibleVariableOverride]
     """The sparsifier."""
     hook_point_in: str

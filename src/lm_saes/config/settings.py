@@ -38,6 +38,7 @@ class Settings(BaseConfig):
     sae_series: str = "default"
     """Series it belongs to."""
     activation_factory: ActivationFactoryConfig
+    """The stream of activations."""
     model: LanguageModelConfig | None = None
     """The language model (`None`: activations come from disk)."""
     model_name: str | None = None
@@ -45,10 +46,13 @@ class Settings(BaseConfig):
     datasets: dict[str, DatasetConfig] | None = None
     """Text by the names that the factory's sources use; a source named "demo" needs no entry."""
     data_parallel_size: int = 1
+    """Must be 1 in this version."""
     model_parallel_size: int = 1
+    """Must be 1 in this version."""
     device_type: str = "auto"
     """Device of the language model and the dictionary: auto, cpu, cuda, mps."""
     wandb: WandbConfig | None = None
+    """Report to Weights & Biases too."""
     mongo: None = None
     """Not supported: features are stored in one SQLite file."""
 
@@ -84,6 +88,7 @@ class TrainSAESettings(Settings):
     sae: SAEOrPretrained
     """The dictionary to build, or saved weights to fine-tune."""
     trainer: TrainerConfig
+    """The run."""
     initializer: InitializerConfig | None = None
     """How it starts (`None`: the defaults of `InitializerConfig`)."""
     eval: bool = False
@@ -95,7 +100,9 @@ class TrainSAESettings(Settings):
     fold_activation_scale: bool = True
     """Fold the activation scale into the final weights."""
     tensorboard: TensorBoardConfig | None = None
+    """Write TensorBoard event files too."""
     trackio: TrackioConfig | None = None
+    """Report to trackio too."""
 
     @model_validator(mode="after")
     def _hooks_are_captured(self) -> Self:
@@ -110,5 +117,8 @@ class EvaluateSAESettings(Settings):
     """Evaluate a saved dictionary."""
 
     sae: PretrainedSAE
+    """The saved weights."""
     eval: EvalConfig = EvalConfig()
+    """How much, beside what."""
     fold_activation_scale: bool = True
+    """Fold the activation scale into the weights when loading."""

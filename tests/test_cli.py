@@ -1,0 +1,242 @@
+"""The command as people use it: a real process for exit codes and streams, in-process for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm_saes import cli
+from tests.lm.tiny_models import save_tiny
+
+SHORT = [
+    "--trainer.total_training_tokens", "8192", "--activation_factory.batch_size", "1024", "--activation_factory.buffer_size", "2048",
+    "--eval_config.total_eval_tokens", "2000", "--trainer.dead_threshold", "1000",
+]  # fmt: skip
+
+
+def run(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`lm-saes WORDS` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lm-saes", *words])
+    try:
+        cli.main()
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def process(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lm_saes.cli", *words], capture_output=True, text=True, check=False, **options)
+
+
+def assert_one_line(text: str) -> None:
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    """Settings of a small run on a random local model and a local file of text."""
+    model = save_tiny("gpt_neox", tmp_path / "model")
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"Number {i} of many documents, with some words in it. " * 12}) for i in range(200)))
+    hook = "blocks.1.hook_resid_post"
+    return {
+        "sae_name": "small",
+        "sae": {"hook_point_in": hook, "d_model": 32, "expansion_factor": 2, "act_fn": "topk", "top_k": 4},
+        "initializer": {"grid_search_init_norm": True},
+        "trainer": {"total_training_tokens": 4096, "exp_result_path": str(tmp_path / "run"), "log_frequency": 2},
+        "model": {"model_name": str(model)},
+        "datasets": {"text": {"dataset_name_or_path": str(text)}},
+        "activation_factory": {"sources": [{"name": "text"}], "hook_points": [hook], "batch_size": 256, "buffer_size": 1024, "context_size": 32, "model_batch_size": 4},
+    }
+
+
+def write(tmp_path: Path, table: dict) -> str:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(table))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------- what goes well
+
+
+def test_demo_trains_evaluates_shows_and_is_shown_again(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "demo"
+    assert run("demo", "--out", str(folder), *SHORT, monkeypatch=monkeypatch) == 0
+    output = capsys.readouterr().out
+    for expected in ("explained variance", "pca-32", "initialisation", "feature ", f"lm-saes show {folder}"):
+        assert expected in output.replace("\n", "") or expected in output
+    assert {"settings.json", "initialization.json", "config.json", "sae_weights.safetensors", "metrics.jsonl", "evaluation.json", "features.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    before = (folder / "sae_weights.safetensors").read_bytes()
+    assert run("demo", "--out", str(folder), monkeypatch=monkeypatch) == 0
+    assert "finished demo" in capsys.readouterr().out
+    assert (folder / "sae_weights.safetensors").read_bytes() == before
+
+
+def test_train_then_evaluate_then_show(tmp_path, settings, monkeypatch, capsys):
+    path = write(tmp_path, settings)
+    assert run("train", path, "--sae.top_k", "3", monkeypatch=monkeypatch) == 0
+    resolved = json.loads((tmp_path / "run/settings.json").read_text())
+    assert resolved["sae"]["top_k"] == 3
+    assert json.loads((tmp_path / "run/config.json").read_text())["norm_activation"] == "inference"
+    capsys.readouterr()
+    assert run("evaluate", str(tmp_path / "run"), "--baseline", "pca", "--eval.total_eval_tokens", "500", monkeypatch=monkeypatch) == 0
+    assert "pca-3" in capsys.readouterr().out
+    assert run("show", str(tmp_path / "run"), "--n", "2", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("fires on") == 2
+    assert run("show", "feature", str(tmp_path / "run"), "5", "--tokens", "1000", monkeypatch=monkeypatch) == 0
+    assert "feature 5" in capsys.readouterr().out
+
+
+def test_train_from_toml_with_a_transcoder_and_eval(tmp_path, settings, monkeypatch):
+    settings["sae"] |= {"hook_point_in": "blocks.0.ln2.hook_normalized", "hook_point_out": "blocks.0.hook_mlp_out"}
+    settings["activation_factory"]["hook_points"] = ["blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"]
+    settings["eval"] = True
+    settings["eval_config"] = {"total_eval_tokens": 500}
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())["sae"]
+    assert results["metrics/n_tokens"] >= 500
+    assert results["metrics/delta_ce"] is not None
+
+
+def test_evaluate_takes_a_settings_file(tmp_path, settings, monkeypatch, capsys):
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    table = {
+        **{name: settings[name] for name in ("sae_name", "model", "datasets", "activation_factory")},
+        "sae": {"pretrained_name_or_path": str(tmp_path / "run")},
+        "eval": {"total_eval_tokens": 300},
+    }
+    capsys.readouterr()
+    assert run("evaluate", write(tmp_path, table), monkeypatch=monkeypatch) == 0
+    assert "explained variance" in capsys.readouterr().out
+
+
+def test_dry_run_trains_nothing_and_says_whether_it_fits(tmp_path, settings, monkeypatch, capsys):
+    monkeypatch.setattr("lm_saes.estimate.CALIBRATION_SECONDS", 0.5)
+    assert run("train", write(tmp_path, settings), "--dry-run", monkeypatch=monkeypatch) == 0
+    output = capsys.readouterr().out
+    assert "it fits" in output
+    assert "tokens/s" in output
+    assert f"{32 * 64 * 2 + 64 + 32:,}" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_names_the_knob_when_it_does_not_fit(tmp_path, settings, monkeypatch, capsys):
+    settings["activation_factory"]["buffer_size"] = 10**12
+    assert run("train", write(tmp_path, settings), "--dry-run", monkeypatch=monkeypatch) == 0
+    assert "lower activation_factory.buffer_size" in capsys.readouterr().out.replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sae": {"hook_point_in": "blocks.1.hook_resid_pots"}, "hooks": ["blocks.1.hook_resid_pots"]}, "blocks.1.hook_resid_post"),
+        ({"sae": {"d_model": 48}}, "d_model is 48, but 'blocks.1.hook_resid_post' is 32 wide"),
+        ({"sae": {"top_k": 65}}, "at most d_sae = 64"),
+        ({"model": {"model_name": "no/such-model"}}, "huggingface.co/no/such-model"),
+        ({"datasets": {"text": {"dataset_name_or_path": "missing.jsonl"}}}, "missing.jsonl"),
+        ({"trainer": {"target_l0": 5, "sparsity_loss_type": "power"}}, "target_l0"),
+        ({"sae": {"device": "cuda:7"}}, "cuda:7"),
+    ],
+    ids=["hook", "d_model", "k", "model", "dataset", "joint", "device"],
+)
+def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings, change, message, monkeypatch, capsys):
+    if "hooks" in change:
+        settings["activation_factory"]["hook_points"] = change.pop("hooks")
+    for section, fields in change.items():
+        settings[section] = {**settings.get(section, {}), **fields}
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert message in error
+    assert not (tmp_path / "run/sae_weights.safetensors").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian", "x"], 'Did you mean "train"'),
+        (["train", "nowhere.toml"], "no config file at nowhere.toml"),
+        (["train", "dmeo"], "did you mean 'demo'"),
+        (["train", "demo", "--trainer.lrr", "1"], "did you mean 'lr'"),
+        (["train", "demo", "stray"], "expected an override"),
+        (["show", "feature", "runs/x", "abc"], "abc"),
+        (["show", "nowhere"], "not a run's folder"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--baseline", "pcaa"], "did you mean 'pca'"),
+    ],
+)
+def test_bad_words_are_one_line_and_exit_2(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert message in error
+
+
+def test_a_used_folder_is_refused_and_resume_is_named(tmp_path, settings, monkeypatch, capsys):
+    path = write(tmp_path, settings)
+    assert run("train", path, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert run("train", path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert "resume" in error
+
+
+def test_a_feature_that_does_not_exist(short_demo_run, monkeypatch, capsys):
+    assert run("show", "feature", str(short_demo_run), "99999", monkeypatch=monkeypatch) == 2
+    assert "features 0 to 1535" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_writes_a_checkpoint_exits_130_and_resume_finishes_as_if_nothing_had_been(tmp_path, settings):
+    """A real process, a real signal; the resumed run's weights equal those of one that was never interrupted, bit for bit."""
+    settings["trainer"] |= {"total_training_tokens": 40_000, "n_checkpoints": 2, "log_frequency": 1}
+    settings["activation_factory"] |= {"model_batch_size": 1}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "lm_saes.cli", "train", write(tmp_path, settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run/sae_weights.safetensors").exists()
+    resumed = process("train", write(tmp_path, settings), "--resume", env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    settings["trainer"]["exp_result_path"] = str(tmp_path / "whole")
+    whole = process("train", write(tmp_path, settings), env=environment)
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "run/sae_weights.safetensors").read_bytes() == (tmp_path / "whole/sae_weights.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_one_line(tmp_path, settings, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device", "run/metrics.jsonl")
+
+    monkeypatch.setattr("lm_saes.runners.write_json", full)
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert "disk is full" in error
