@@ -27,7 +27,7 @@ TERMS = {
     "reconstruction": losses.reconstruction_loss,
     "power 1": losses.power_loss,
     "power 0.5": lambda dictionary, inputs: losses.power_loss(dictionary, inputs, 0.5),
-    "power 3": lambda dictionary, inputs: losses.power_loss(dictionary, inputs, 3),
+    "power 3": lambda dictionary, inputs: losses.power_loss(dictionary, inputs, 3.0),
     "tanh": lambda dictionary, inputs: losses.tanh_loss(dictionary, inputs, 1.5),
     "tanh-quad": lambda dictionary, inputs: losses.tanh_quad_loss(dictionary, inputs, 1.5, 0.2),
     "preactivation": losses.preactivation_loss,
@@ -180,7 +180,7 @@ def test_no_token_one_token_zero_token(act_fn, n):
     for mask in (None, torch.ones(n, dtype=torch.bool)):
         inputs = LossInputs(nothing, nothing, dictionary.run(nothing, mask=mask), mask, DEAD)
         for kind in ("power", "tanh", "tanh-quad", None):
-            loss, _ = losses.total_loss(dictionary, inputs, LossWeights(sparsity_loss_type=kind, p=2, auxk=1.0))
+            loss, _ = losses.total_loss(dictionary, inputs, LossWeights(sparsity_loss_type=kind, p=2.0, auxk=1.0))
             assert loss.isfinite()
             gradients = torch.autograd.grad(loss, list(dictionary.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)
             assert all(gradient.isfinite().all() for gradient in gradients)

@@ -120,11 +120,11 @@ class SparseAutoEncoder(SparseDictionary):
 
     # ------------------------------------------------------------------------------------------- norms
 
-    def encoder_norm(self, keepdim: bool = False) -> Float[Tensor, " F"]:
-        """The norm of each latent's encoder column; with `keepdim` [1, F]."""
+    def encoder_norm(self, keepdim: bool = False) -> Float[Tensor, "*shape"]:
+        """The norm of each latent's encoder column [F]; with `keepdim` [1, F]."""
         return torch.linalg.vector_norm(ops.at_least_float32(self.W_E), dim=0, keepdim=keepdim)
 
-    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, " F"]:
+    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, "*shape"]:
         return torch.linalg.vector_norm(ops.at_least_float32(self.W_D), dim=1, keepdim=keepdim)
 
     def decoder_bias_norm(self) -> Float[Tensor, ""]:

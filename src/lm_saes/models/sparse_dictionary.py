@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -22,21 +21,13 @@ from lm_saes import losses, ops
 from lm_saes.config import SparseDictionaryConfig
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError
+from lm_saes.losses import Forward
 from lm_saes.models import pretrained
 from lm_saes.models.activation_functions import ActivationFunction, make_activation_function
 from lm_saes.models.normalization import ActivationSpace, Batch
 from lm_saes.ops import Codes, SparseCodes
 
 DictionaryT = TypeVar("DictionaryT", bound="SparseDictionary")
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What a dictionary makes of N tokens, in its own space."""
-
-    codes: Codes
-    """The gated h: dense, or sparse for the TopK family."""
-    reconstruction: Float[Tensor, "N D"]
 
 
 class SparseDictionary(ActivationSpace):
@@ -74,8 +65,8 @@ class SparseDictionary(ActivationSpace):
         """The sum of decoder rows without b_D, for codes [N, M] over some latents only."""
 
     @abstractmethod
-    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, " F"]:
-        """||W_D row|| of each latent in at least float32, differentiable; with `keepdim` [F, 1]."""
+    def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, "*shape"]:
+        """||W_D row|| of each latent [F] in at least float32, differentiable; with `keepdim` [F, 1]."""
 
     @abstractmethod
     def prepare_input(self, batch: Batch) -> Float[Tensor, "*shape D"]:
@@ -121,6 +112,10 @@ class SparseDictionary(ActivationSpace):
     def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
         """The reconstruction in the dictionary's own space."""
         return self.run(x.reshape(-1, x.shape[-1])).reconstruction.view(*x.shape[:-1], -1)
+
+    def learned_threshold(self) -> Float[Tensor, " F"] | None:
+        """theta of JumpReLU in gate space, differentiable; None where no threshold is learned."""
+        return self.activation_function.learned_threshold()
 
     def set_current_k(self, k: int) -> None:
         """Set k of the TopK family."""
@@ -178,7 +173,7 @@ class SparseDictionary(ActivationSpace):
         sparsity_loss_type: Literal["power", "tanh", "tanh-quad"] | None = None,
         tanh_stretch_coefficient: float = 4.0,
         frequency_scale: float = 0.01,
-        p: float = 1,
+        p: float = 1.0,
         l1_coefficient: float | None = 1.0,
         lp_coefficient: float | None = None,
         auxk_coefficient: float | None = None,
