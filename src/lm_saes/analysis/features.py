@@ -6,7 +6,7 @@ rows per latent. Nothing of size latents x tokens is kept. The windows of tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,11 @@ import torch
 
 if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary
+
+SPARE = 4
+"""Candidates kept for each context that is shown, so that repetitions can be passed over."""
+ALIKE = 4
+"""Two contexts are the same when they agree on this many tokens up to and including the peak."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,14 @@ class FeatureFinder:
 
     def __init__(self, sae: SparseDictionary, n_contexts: int = 5, before: int = 24, after: int = 8):
         self.sae, self.n_contexts, self.before, self.after = sae, n_contexts, before, after
-        n_latents = sae.cfg.d_sae
+        n_latents, kept = sae.cfg.d_sae, SPARE * n_contexts
         self.counts = torch.zeros(n_latents, dtype=torch.int64)
         self.n_tokens = 0
-        self._peaks = torch.zeros(n_contexts, n_latents)
-        self._row = torch.full((n_contexts, n_latents), -1, dtype=torch.int64)
-        self._position = torch.zeros(n_contexts, n_latents, dtype=torch.int64)
+        self._peaks = torch.zeros(kept, n_latents)
+        self._row = torch.full((kept, n_latents), -1, dtype=torch.int64)
+        self._position = torch.zeros(kept, n_latents, dtype=torch.int64)
         self._rows: list[torch.Tensor] = []  # token ids of every row seen; a few bytes a token
+        self._spans: list[Sequence[tuple[str, int, int]]] = []  # the documents that each row is made of
         self._inputs: list[torch.Tensor] = []  # and its input activations, in float16, to recompute the codes of the chosen windows
 
     @torch.no_grad()
@@ -76,9 +82,10 @@ class FeatureFinder:
         first = len(self._rows)
         rows = torch.arange(first, first + len(tokens))[:, None].expand(-1, peaks.shape[1])
         self._rows.extend(row.cpu() for row in tokens)
+        self._spans.extend(meta.get("spans", []) for meta in batch.get("meta", [{}] * len(tokens)))
         self._inputs.extend(row.cpu() for row in batch[self.sae.cfg.hooks_in[0]].half())
         candidates = torch.cat([self._peaks, peaks.cpu()])
-        self._peaks, order = candidates.topk(self.n_contexts, dim=0)
+        self._peaks, order = candidates.topk(len(self._peaks), dim=0)
         self._row = torch.cat([self._row, rows]).gather(0, order)
         self._position = torch.cat([self._position, positions.cpu()]).gather(0, order)
 
@@ -86,23 +93,43 @@ class FeatureFinder:
         """Share of tokens on which each latent fired, `[F]`."""
         return self.counts.double() / max(1, self.n_tokens)
 
+    def contexts(self, index: int) -> list[tuple[int, int, float]]:
+        """(row, position, activation) of a latent's strongest peaks, strongest first, without repetitions of the same few tokens."""
+        found: list[tuple[int, int, float]] = []
+        seen: set[tuple[int, ...]] = set()
+        for row, position, peak in zip(self._row[:, index].tolist(), self._position[:, index].tolist(), self._peaks[:, index].tolist(), strict=True):
+            if peak <= 0 or len(found) == self.n_contexts:
+                break
+            ending = tuple(self._rows[row][max(0, position + 1 - ALIKE) : position + 1].tolist())
+            if ending not in seen:
+                seen.add(ending)
+                found.append((row, position, peak))
+        return found
+
     @torch.no_grad()
     def feature(self, index: int, token_texts: Callable[[list[int]], list[str]]) -> Feature:
         """The record of one latent; `token_texts` says what to print for each of a row's ids (`LanguageModel.token_texts`)."""
         contexts = []
-        for slot in range(self.n_contexts):
-            peak = float(self._peaks[slot, index])
-            if peak <= 0:
-                break
-            row, position = int(self._row[slot, index]), int(self._position[slot, index])
+        hook = self.sae.cfg.hooks_in[0]
+        for row, position, peak in self.contexts(index):
             start, end = max(0, position - self.before), min(len(self._rows[row]), position + self.after + 1)
-            window = self._inputs[row][start:end].float()
-            hook = self.sae.cfg.hooks_in[0]
-            activations = self.sae.features({hook: window.to(self._device())})[:, index].float().cpu()
+            activations = self.sae.features({hook: self._inputs[row][start:end].float().to(self._device())})[:, index].float().cpu()
             activations[position - start] = peak
             tokens = self._rows[row][start:end].tolist()
             contexts.append(Context(tokens, token_texts(tokens), [round(value, 4) for value in activations.tolist()], position - start))
         return Feature(index, float(self.density()[index]), float(self._peaks[0, index]), contexts)
+
+    def peak_tokens(self, index: int) -> list[int]:
+        """The ids at a latent's peaks."""
+        return [int(self._rows[row][position]) for row, position, _ in self.contexts(index)]
+
+    def sources(self, index: int) -> set[str]:
+        """Where a latent's contexts come from: their documents, or the top folders of documents that are files in folders."""
+        found = set()
+        for row, position, _ in self.contexts(index):
+            name = next((name for name, start, end in self._spans[row] if start <= position < end), "")
+            found.add(name.partition("/")[0])
+        return found
 
     def _device(self) -> torch.device:
         return next(self.sae.parameters()).device
@@ -121,20 +148,22 @@ def find_features(sae: SparseDictionary, stream: Iterable[dict[str, Any]], n_tok
 def pick(finder: FeatureFinder, n: int, lowest: float = 2e-4, highest: float = 1e-2) -> list[int]:
     """A handful of latents worth a first look, spread evenly over the range of densities, rarest first.
 
-    Only latents that fire on between `lowest` and `highest` of the tokens are considered, and among neighbours in density the one whose
-    contexts agree best on the token at the peak is taken: it is a sample for the eye and no measure of quality.
+    Only latents that fire on between `lowest` and `highest` of the tokens are considered; among neighbours in density the one is taken whose
+    contexts come from the most places and then agree best on the token at the peak. A sample for the eye, and no measure of quality.
     """
     density = finder.density()
-    alive = ((density >= lowest) & (density <= highest) & (finder._peaks[-1] > 0)).nonzero().flatten()
-    if len(alive) == 0:
+    alive = ((density >= lowest) & (density <= highest)).nonzero().flatten()
+    ordered = [index for index in alive[density[alive].argsort()].tolist() if len(finder.contexts(index)) == finder.n_contexts]
+    if not ordered:
         return density.argsort(descending=True)[:n].tolist()
-    ordered = alive[density[alive].argsort()]
-    chosen = []
-    for group in ordered.tensor_split(min(n, len(ordered))):
-        chosen.append(max(group.tolist(), key=lambda index: (_agreement(finder, index), float(finder._peaks[0, index]))))
+    chosen, tokens = [], set()
+    for group in torch.tensor(ordered).tensor_split(min(n, len(ordered))):
+        fresh = [index for index in group.tolist() if finder.peak_tokens(index)[0] not in tokens] or group.tolist()
+        best = max(fresh, key=lambda index: (len(finder.sources(index)), _agreement(finder.peak_tokens(index)), float(finder._peaks[0, index])))
+        chosen.append(best)
+        tokens.update(finder.peak_tokens(best))
     return chosen
 
 
-def _agreement(finder: FeatureFinder, index: int) -> int:
-    peaks = [int(finder._rows[int(row)][int(position)]) for row, position in zip(finder._row[:, index], finder._position[:, index], strict=True)]
-    return max(peaks.count(token) for token in peaks)
+def _agreement(tokens: list[int]) -> int:
+    return max(tokens.count(token) for token in tokens)
