@@ -115,6 +115,26 @@ def test_2d_batches_are_sequences_with_their_sources(target: ActivationFactoryTa
     assert stream.hook_widths == ({hook: 6 for hook in HOOKS} if target is Target.ACTIVATIONS_2D else {})
 
 
+def test_override_dtype_reaches_the_batches() -> None:
+    assert next(open_stream(override_dtype="bfloat16"))[HOOKS[0]].dtype == torch.bfloat16
+
+
+def test_packing_can_be_switched_off() -> None:
+    for packing in (True, False):
+        stream = open_stream(target=Target.TOKENS, batch_size=1, buffer_size=None, packing=packing)
+        batches = list(stream)
+        assert all(bool(batch["attention_mask"].all()) for batch in batches) == packing
+        assert (len(batches) == 9, stream.counts()["dropped"]["cut"] > 0) == (not packing, not packing)  # nine documents with text
+
+
+def test_an_ended_stream_is_ended_when_loaded() -> None:
+    stream, loaded = open_stream(), open_stream()
+    assert list(stream)
+    loaded.load_state_dict(through_files(stream.state_dict()))
+    assert loaded.ended
+    assert list(loaded) == []
+
+
 def test_model_name_is_recorded() -> None:
     stream = ActivationFactory(config(target=Target.TOKENS, batch_size=1, buffer_size=None)).process(FakeLanguageModel(), "my-model", TEXTS)
     assert next(stream)["meta"][0]["model_name"] == "my-model"
