@@ -15,7 +15,8 @@ from lm_saes.training import checkpoint as module
 from lm_saes.training.checkpoint import RunFolder, find_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint, write_json
 from tests.training.synthetic import make_dictionary
 
-STREAM = {"position": 3, "nested": [{"buffer": torch.arange(5)}, None, "text", 0.1], "empty": {}, "shared": torch.arange(5)[1:3]}
+BUFFER = torch.arange(5)
+STREAM = {"position": 3, "nested": [{"buffer": torch.arange(5)}, None, "text", 0.1], "empty": {}, "view": BUFFER[1:3], "same": [BUFFER, BUFFER]}
 
 
 def write(folder: Path, step: int, stream: dict[str, Any] | None = STREAM) -> Path:
@@ -42,7 +43,8 @@ def test_what_is_written_is_read(tmp_path):
     assert read.stream is not None
     assert read.stream["nested"][0]["buffer"].tolist() == [0, 1, 2, 3, 4]
     assert read.stream["nested"][1:] == [None, "text", 0.1]
-    assert read.stream["shared"].tolist() == [1, 2]
+    assert read.stream["view"].tolist() == [1, 2]
+    assert [tensor.tolist() for tensor in read.stream["same"]] == [[0, 1, 2, 3, 4]] * 2
     assert (read.stream["position"], read.stream["empty"]) == (3, {})
     assert read_checkpoint(write(tmp_path, 8, stream=None)).stream is None
 

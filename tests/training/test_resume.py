@@ -42,14 +42,14 @@ def stream() -> SyntheticStream:
     return SyntheticStream(batch_size=64)
 
 
-def evaluate(sae: SparseDictionary) -> dict[str, float]:
+def evaluate(sae: SparseDictionary) -> dict[str, Any]:
     """An evaluation that draws from every global generator."""
     return {
         "drawn/torch": torch.rand(()).item(),
         "drawn/numpy": float(numpy.random.rand()),
         "drawn/python": random.random(),
         "drawn/name": "no number",
-    }  # pyright: ignore
+    }
 
 
 class Stopping:

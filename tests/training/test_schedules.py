@@ -21,7 +21,7 @@ def resolved(steps: int, **options) -> TrainerConfig:
 
 
 def dictionary(act_fn: str = "topk", **options) -> SAEConfig:
-    return SAEConfig(hook_point_in="h", act_fn=act_fn, **{"d_model": 16, "expansion_factor": 4, "top_k": 4, **options})
+    return SAEConfig.model_validate({"hook_point_in": "h", "act_fn": act_fn, "d_model": 16, "expansion_factor": 4, "top_k": 4, **options})
 
 
 def test_steps_are_whole_batches_and_at_least_one():
@@ -133,6 +133,7 @@ def test_the_controller_waits_for_both_warm_ups():
         ({"target_l0": 8.0, "sparsity_loss_type": "tanh"}, "batchtopk", "fixes L0 by top_k"),
         ({"target_l0": 64.0, "sparsity_loss_type": "tanh"}, "relu", "below d_sae"),
         ({"target_l0": 8.0, "sparsity_loss_type": "tanh", "l1_coefficient": 0.0}, "relu", "positive l1_coefficient"),
+        ({"lp_coefficient": 3e-6}, "relu", "lp_coefficient"),
         ({"initial_k": 65}, "topk", "at most d_sae"),
         ({"initial_k": 8, "k_warmup_steps": 0.6, "k_cold_booting_steps": 0.6}, "topk", "never reach"),
         ({"lr_scheduler_name": "exponentialwarmup", "lr_end_ratio": 0.0}, "topk", "lr_end_ratio"),

@@ -166,7 +166,16 @@ def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    saved: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:  # safetensors takes no views
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        saved[name] = own
+    save_file(saved, path)
 
 
 def _flush(path: Path) -> None:

@@ -90,6 +90,8 @@ def check_joints(cfg: TrainerConfig, dictionary: SparseDictionaryConfig, total_s
             raise ConfigError(f"target_l0 must be below d_sae = {dictionary.d_sae}, got {cfg.target_l0:g}")
         if cfg.l1_coefficient == 0:
             raise ConfigError("target_l0 scales l1_coefficient, which is 0; set a positive l1_coefficient to start from")
+    if cfg.lp_coefficient and act_fn != "jumprelu":
+        raise ConfigError(f'lp_coefficient is the weight of JumpReLU\'s pre-activation loss; got act_fn "{act_fn}", remove lp_coefficient')
     if cfg.initial_k is not None and act_fn in _SELECTS_K:
         start, annealing = _initial_k(cfg, dictionary.d_sae), int(cfg.k_cold_booting_steps + cfg.k_warmup_steps)
         if start > dictionary.d_sae:
@@ -124,7 +126,7 @@ def warnings_of(cfg: TrainerConfig, dictionary: SparseDictionaryConfig) -> list[
     without_effect = {
         "optimizer_foreach": "the fused optimizer is used",
         **{name: 'act_fn is not "topk" or "batchtopk"' for name in _K_FIELDS if act_fn not in _SELECTS_K},
-        **({} if act_fn == "jumprelu" else dict.fromkeys(("jumprelu_lr_factor", "lp_coefficient"), 'act_fn is not "jumprelu"')),
+        **({} if act_fn == "jumprelu" else {"jumprelu_lr_factor": 'act_fn is not "jumprelu"'}),
         **({} if schedule in _WARMS_UP else {"lr_warm_up_steps": f'lr_scheduler_name "{schedule}" has no warm-up'}),
         **({} if schedule == "constantwithwarmup" else {"lr_cool_down_steps": f'lr_scheduler_name "{schedule}" has no cool-down of its own'}),
         **({"lr_end_ratio": 'lr_scheduler_name "constant" does not decay'} if schedule == "constant" else {}),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm_saes.config import TrainerConfig
 from lm_saes.devices import widest_float
-from lm_saes.errors import DataError
+from lm_saes.errors import DataError, NonFiniteError
 from lm_saes.losses import LossInputs, LossWeights, label_variance, total_loss
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training.controller import TargetL0
@@ -29,6 +29,7 @@ from lm_saes.training.optimizers import gradient_norms, load_optimizer_tensors, 
 from lm_saes.training.schedules import Knobs, knobs, warm_up_ends
 
 Batch = dict[str, Any]
+_SMALLEST_LOSS_SCALE = 2.0**-20
 
 
 def flat_batch(batch: Batch, hook_points: list[str], device: torch.device) -> Batch:
@@ -93,6 +94,8 @@ class TrainingStep:
         coefficient = scheduled.sparsity if self.controller is None else self.controller.coefficient(scheduled.sparsity)
         result = self._gradients(batch, scheduled, coefficient, measure)
         gradient_norm = self._update_weights(batch, step, result)
+        if measure:
+            self._check_loss_scale()
         with torch.no_grad():
             self._update_statistics(result, scheduled, step)
             return self._metrics(result, gradient_norm, scheduled, coefficient) if measure else {}
@@ -150,6 +153,13 @@ class TrainingStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return gradient_norm
+
+    def _check_loss_scale(self) -> None:
+        """float16: gradients that overflow at every scale are not finite in themselves."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_LOSS_SCALE:
+            raise NonFiniteError(
+                "the gradients overflow float16 at every loss scale, so no step is taken; set amp_dtype to bfloat16 or none, or lower lr"
+            )
 
     def _update_statistics(self, result: BatchResult, scheduled: Knobs, step: int) -> None:
         self.sae.update_statistics(result.forward, result.x, result.mask)

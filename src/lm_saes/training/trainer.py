@@ -204,17 +204,16 @@ class Trainer:
             self.cur_step = done
             log.progress(done)
             evaluate = eval_fn if done % cfg.eval_frequency == 0 else None
-            stop = interruption.requested
-            if measure or evaluate is not None or stop or done in saved_at:
+            if measure or evaluate is not None:
                 step.watch.settle()
             metrics = self._measured(step, tensors) if measure else {}
             if evaluate is not None:
                 metrics |= evaluated(step.sae, evaluate)
             if metrics:
                 log.log(done, metrics, console=measure)
-            if done in saved_at or stop:
+            if done in saved_at or interruption.requested:
                 path = self.save_checkpoint(step.sae, self.cfg.exp_result_path, stream)
-                if stop:
+                if interruption.requested:
                     log.message(f"interrupted after step {done} of {self.total_steps}; the checkpoint {path} can be resumed")
                     raise KeyboardInterrupt
         return None
