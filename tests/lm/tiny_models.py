@@ -43,12 +43,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA | {"sliding_window": 8}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA | {"sliding_window": 8}),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MOE | {"num_local_experts": 4}),
-    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", _MOE | {"num_experts": 4, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 24}),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MOE | {"num_experts": 4, "moe_intermediate_size": 24}),
     "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER | {"max_position_embeddings": CONTEXT + 2}),
-    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", {"vocab_size": VOCABULARY, "dim": WIDTH, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": 4,
-                   "max_position_embeddings": CONTEXT, "initializer_range": 0.2, "pad_token_id": 1}),
+    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", {"vocab_size": VOCABULARY, "dim": WIDTH, "hidden_dim": 48, "n_layers": LAYERS,
+                   "n_heads": 4, "max_position_embeddings": CONTEXT, "initializer_range": 0.2, "pad_token_id": 1}),
 }  # fmt: skip
 CAUSAL = [name for name in FAMILIES if name not in ("bert", "roberta", "distilbert")]
 ENCODERS = ["bert", "roberta", "distilbert"]

@@ -41,7 +41,7 @@ def explain(error: BaseException, name: str, what: str) -> LanguageModelError:
         return LanguageModelError(f"no model '{name}' at {page} and no such folder; if it is private, pass a token (HF_TOKEN=... or `hf auth login`)")
     if any_of(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError) or "couldn't connect" in message.lower():
         return LanguageModelError(
-            f"{what} of {name} is not in the local cache and the hub ({page}) was not reached: go online (HF_HUB_OFFLINE unset, local_files_only=False) "
-            "or give the path of a folder"
+            f"{what} of {name} is not in the local cache and the hub ({page}) was not reached: go online "
+            "(HF_HUB_OFFLINE unset, local_files_only=False) or give the path of a folder"
         )
     return LanguageModelError(f"cannot load {what} of {name} ({page}): {message}")

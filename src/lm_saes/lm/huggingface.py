@@ -89,10 +89,10 @@ class HuggingFaceLanguageModel(LanguageModel):
             raise LanguageModelError(f"ids must be [rows, positions] and the attention mask of the same shape, got {tuple(ids.shape)} and {shape}")
         if self._position_limit is not None and ids.shape[1] > self._position_limit:
             raise LanguageModelError(f"{self.cfg.model_name} takes at most {self._position_limit} tokens in a row, got {ids.shape[1]}")
-        if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._embedding.weight.shape[0]:
-            raise LanguageModelError(
-                f"token ids must be between 0 and {self._embedding.weight.shape[0] - 1} for {self.cfg.model_name}, got {int(ids.min())} to {int(ids.max())}"
-            )
+        largest = int(self._embedding.weight.shape[0]) - 1
+        if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= largest:  # asking a GPU would make it wait
+            given = f"{int(ids.min())} to {int(ids.max())}"
+            raise LanguageModelError(f"token ids must be between 0 and {largest} for {self.cfg.model_name}, got {given}")
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if "use_cache" in self._parameters:
             inputs["use_cache"] = False
