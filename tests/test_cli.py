@@ -69,6 +69,7 @@ def write(tmp_path: Path, table: dict) -> str:
 
 
 def test_demo_trains_evaluates_shows_and_is_shown_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lm_saes.commands.FEATURE_TOKENS", 4_000)
     folder = tmp_path / "demo"
     assert run("demo", "--out", str(folder), *SHORT, monkeypatch=monkeypatch) == 0
     output = capsys.readouterr().out
@@ -93,7 +94,7 @@ def test_train_then_evaluate_then_show(tmp_path, settings, monkeypatch, capsys):
     assert run("evaluate", str(tmp_path / "run"), "--baseline", "pca", "--eval.total_eval_tokens", "500", monkeypatch=monkeypatch) == 0
     assert "pca-3" in capsys.readouterr().out
     assert run("show", str(tmp_path / "run"), "--n", "2", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("fires on") == 2
+    assert capsys.readouterr().out.count("fires on 0.") == 2
     assert run("show", "feature", str(tmp_path / "run"), "5", "--tokens", "1000", monkeypatch=monkeypatch) == 0
     assert "feature 5" in capsys.readouterr().out
 

@@ -164,7 +164,7 @@ def _settings(path: Path, words: tuple[str, ...], out: Path | None = None) -> Tr
 def main() -> None:
     """The entry point: runs the command line and turns what a user can mend into one line and an exit code."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(" ".join(str(error).split()))
     except LmSaesError as error:

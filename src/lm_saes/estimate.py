@@ -86,7 +86,7 @@ class Estimate:
         """Whether it fits and, if not, which knob to turn."""
         if self.fits:
             return "it fits"
-        if self.disk > self.disk_free:
+        if self.peak <= self.available:
             return "it does not fit on the disk: lower trainer.n_checkpoints, or set trainer.exp_result_path to another disk"
         largest = max(self.memory, key=lambda name: self.memory[name])
         return f"it does not fit in memory: the largest part is the {largest} ({size(self.memory[largest])}); {KNOBS[largest]}"
