@@ -167,9 +167,11 @@ class TrainingStep:
         self.dead_latents.update(result.counts, result.tokens)
         self.density.update(result.counts, result.tokens)
         if self.controller is not None:
+            self.controller.observe(result.l0)
             if step == self.control_from:
                 self.controller.start(result.terms["sparsity_loss"], label_variance(result.target, result.mask))
-            self.controller.update(result.l0, scheduled.lr / self.cfg.lr if step >= self.control_from else 0.0)
+            if step >= self.control_from:
+                self.controller.adjust(step - self.control_from, scheduled.lr / self.cfg.lr)
 
     def _metrics(self, result: BatchResult, gradient_norm: Tensor, scheduled: Knobs, coefficient: float | Tensor) -> dict[str, Tensor]:
         n_parameters = sum(parameter.numel() for parameter in self.parameters)
