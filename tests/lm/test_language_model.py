@@ -197,7 +197,7 @@ def response(status: int) -> Any:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (hub.RepositoryNotFoundError("404", response=response(404)), ["no model 'some/model'", "https://huggingface.co/some/model", "HF_TOKEN"]),
+        (hub.RepositoryNotFoundError("404", response=response(404)), ["no repository 'some/model'", "https://huggingface.co/some/model", "HF_TOKEN"]),
         (hub.GatedRepoError("403", response=response(403)), ["gated", "https://huggingface.co/some/model", "HF_TOKEN", "hf auth login"]),
         (hub.RevisionNotFoundError("404", response=response(404)), ["no such revision", "https://huggingface.co/some/model"]),
         (hub.LocalEntryNotFoundError("offline"), ["not in the local cache", "https://huggingface.co/some/model", "HF_HUB_OFFLINE"]),

@@ -17,11 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from lm_saes.config import LanguageModelConfig
 from lm_saes.devices import resolve_device
 from lm_saes.errors import LanguageModelError
+from lm_saes.hub import explain
 from lm_saes.lm import tokenization
 from lm_saes.lm.demo import DEMO_NAME, demo_folder
 from lm_saes.lm.hook_points import HookPoints
 from lm_saes.lm.hooks import capture, edited, evaluating
-from lm_saes.lm.hub_errors import explain
 from lm_saes.lm.language_model import Edit, LanguageModel
 
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lm_saes.config import SparseDictionaryConfig
+from lm_saes import hub
+from lm_saes.config import LanguageModelConfig, SparseDictionaryConfig
 from lm_saes.config.base import dtype_name, validated
 from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
 from lm_saes.devices import resolve_device
@@ -44,7 +45,7 @@ def load(
     cls: type[DictionaryT], folder: str | Path, device_mesh: Any, fold_activation_scale: bool, strict: bool, overrides: Mapping[str, Any]
 ) -> DictionaryT:
     """See `SparseDictionary.from_pretrained`."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     table, provenance = read_dictionary_config(folder)
     asked = {name: value for name, value in overrides.items() if not (name == "dtype" and value is None)}
     cfg = validated(_variant(cls, table.get("sae_type"), folder)[0], {**table, **asked}, origin=str(folder / CONFIG_FILE))
@@ -60,6 +61,27 @@ def load(
     if fold_activation_scale and cfg.norm_activation != "inference":
         dictionary.fold_activation_scale()
     return dictionary.eval()
+
+
+def local_folder(name_or_path: str | Path, token: str | None = None) -> Path:
+    """The folder itself, or that of `"org/repo:folder"` on the Hugging Face hub, downloaded if need be.
+
+    Raises:
+        WeightsError: the hub has no such repository or cannot be reached.
+    """
+    name = str(name_or_path)
+    if Path(name).is_dir() or hub.split_name(name) is None:
+        return Path(name)
+    return hub.fetch(name, [CONFIG_FILE, WEIGHTS_FILE], "the dictionary", WeightsError, token)
+
+
+def upload(dictionary: SparseDictionary, repo_id: str, name: str, lm_config: LanguageModelConfig | None, token: str | None, private: bool) -> None:
+    """See `SparseDictionary.upload_to_hf`."""
+    with tempfile.TemporaryDirectory(prefix="lm-saes-upload-") as folder:
+        save(dictionary, folder)
+        if lm_config is not None:
+            lm_config.save_lm_config(folder)
+        hub.upload(Path(folder), repo_id, name, token, private, WeightsError)
 
 
 def save(dictionary: SparseDictionary, folder: str | Path, fold_activation_scale: bool = False) -> None:

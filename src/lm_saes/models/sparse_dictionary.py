@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lm_saes import losses, ops
-from lm_saes.config import SparseDictionaryConfig
+from lm_saes.config import LanguageModelConfig, SparseDictionaryConfig
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError
 from lm_saes.losses import Forward
@@ -233,7 +233,7 @@ class SparseDictionary(ActivationSpace):
         """A saved dictionary, in eval mode.
 
         Args:
-            pretrained_name_or_path: a folder with `config.json` and `sae_weights.safetensors`.
+            pretrained_name_or_path: a folder with `config.json` and `sae_weights.safetensors`, or `"org/repo:folder"` on the Hugging Face hub.
             fold_activation_scale: fold the activation scale unless that was done before saving, so that the dictionary takes raw activations.
             strict_loading: refuse missing and unexpected tensors.
             cfg_overrides: fields of the configuration, such as `device`; `dtype=None` keeps the data type of the saved tensors.
@@ -249,6 +249,22 @@ class SparseDictionary(ActivationSpace):
     def from_local(cls: type[DictionaryT], path: str | Path, **options: Any) -> DictionaryT:
         """`from_pretrained` of a folder."""
         return cls.from_pretrained(path, **options)
+
+    @classmethod
+    def from_hf(cls: type[DictionaryT], repo_id: str, name: str = "", *, token: str | None = None, **options: Any) -> DictionaryT:
+        """`from_pretrained` of the folder `name` of a repository on the Hugging Face hub."""
+        return cls.from_pretrained(pretrained.local_folder(f"{repo_id}:{name}" if name else repo_id, token), **options)
+
+    def upload_to_hf(
+        self, repo_id: str, name: str = "", lm_config: LanguageModelConfig | None = None, *, token: str | None = None, private: bool = False
+    ) -> None:
+        """Save into the folder `name` of a repository on the Hugging Face hub, which is made if need be; with `lm_config`, the language
+        model's configuration beside it.
+
+        Raises:
+            WeightsError: the hub refuses or cannot be reached.
+        """
+        pretrained.upload(self, repo_id, name, lm_config, token, private)
 
     def save_pretrained(self, folder: str | Path, fold_activation_scale: bool = False) -> None:
         """Write `config.json` and `sae_weights.safetensors` into a folder, which is made if need be. With `fold_activation_scale` a folded
