@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lm_saes.errors import DeviceError
 
@@ -38,3 +39,9 @@ def available_devices() -> list[str]:
 def widest_float(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has no float64 (mps)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def no_narrower_than(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    """`after` on its device, but cast from `before` where a module-wide cast has narrowed it below `dtype`."""
+    wanted = torch.promote_types(after.dtype, dtype)
+    return after if after.dtype == wanted else before.to(after.device, wanted)

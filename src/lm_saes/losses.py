@@ -59,7 +59,7 @@ class LossWeights:
     """Which terms there are, and how much each weighs. A term whose weight is None is left out."""
 
     sparsity_loss_type: Literal["power", "tanh", "tanh-quad"] | None = None
-    sparsity: float = 1.0
+    sparsity: float | Tensor = 1.0
     """lambda."""
     tanh_stretch_coefficient: float = 4.0
     """c."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lm_saes import SAEConfig, SparseAutoEncoder
 from lm_saes.models.normalization import mean_norm, scale_for, update_running_norms_
 from tests.models.variants import D, batch, build
 
@@ -96,3 +97,16 @@ def test_functions_at_their_edges():
     running = torch.tensor([0.0, 5.0, 0.0], dtype=torch.float64)
     update_running_norms_(running, torch.tensor([2.0, 0.0, 0.0]))
     assert running.tolist() == [2.0, 5.0, 0.0]
+
+
+def test_running_norms_keep_their_width_through_casts_and_files(tmp_path):
+    """A resumed run has to see the same running mean, bit for bit."""
+    sae = SparseAutoEncoder.from_config(SAEConfig(hook_point_in="h", d_model=4, expansion_factor=2, norm_activation="batch-wise"))
+    assert sae.running_activation_norms is not None
+    sae.running_activation_norms.fill_(1 / 3)
+    sae.to(torch.float32)
+    sae.save_pretrained(tmp_path)
+    again = SparseAutoEncoder.from_pretrained(tmp_path, fold_activation_scale=False)
+    assert again.running_activation_norms is not None
+    assert again.running_activation_norms.dtype == torch.float64
+    assert torch.equal(again.running_activation_norms, torch.full((1,), 1 / 3, dtype=torch.float64))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lm_saes import ops
 from lm_saes.config import SparseDictionaryConfig
-from lm_saes.devices import widest_float
+from lm_saes.devices import no_narrower_than, widest_float
 from lm_saes.errors import FoldingError
 from lm_saes.ops import Codes, Encoder
 
@@ -90,7 +90,7 @@ class JumpReLU(ActivationFunction):
         self.log_jumprelu_threshold += factor.log() if isinstance(factor, Tensor) else math.log(factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JumpReLU:
-        return super()._apply(lambda tensor: _no_narrower_than(tensor, fn(tensor), torch.float32), recurse)
+        return super()._apply(lambda tensor: no_narrower_than(tensor, fn(tensor), torch.float32), recurse)
 
 
 class TopK(ActivationFunction):
@@ -143,7 +143,7 @@ class BatchTopK(ActivationFunction):
         self.threshold *= factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchTopK:
-        return super()._apply(lambda tensor: _no_narrower_than(tensor, moved := fn(tensor), widest_float(moved.device)), recurse)
+        return super()._apply(lambda tensor: no_narrower_than(tensor, moved := fn(tensor), widest_float(moved.device)), recurse)
 
 
 def _smallest_gate_value(codes: Codes, encoder: Encoder) -> Float[Tensor, ""]:
@@ -153,12 +153,6 @@ def _smallest_gate_value(codes: Codes, encoder: Encoder) -> Float[Tensor, ""]:
     entries = ops.entries(codes).flatten()
     wide = entries.to(widest_float(entries.device))
     return torch.cat([torch.where(wide > 0, wide, math.inf), wide.new_full((1,), math.inf)]).min()
-
-
-def _no_narrower_than(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
-    """`after` on its device, but cast from `before` where a module-wide cast would have narrowed it below `dtype`."""
-    wanted = torch.promote_types(after.dtype, dtype)
-    return after if after.dtype == wanted else before.to(after.device, wanted)
 
 
 def _refuse_per_latent(factor: float | Tensor, act_fn: str) -> None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lm_saes.config import SparseDictionaryConfig
-from lm_saes.devices import widest_float
+from lm_saes.devices import no_narrower_than, widest_float
 from lm_saes.errors import ConfigError, FoldingError
 from lm_saes.ops import at_least_float32
 
@@ -67,6 +67,15 @@ class ActivationSpace(nn.Module, ABC):
         norms = torch.zeros(n_hooks, device=device, dtype=widest_float(device)) if cfg.norm_activation == "batch-wise" else None
         self.register_buffer("running_activation_norms", norms)
         self._measured_norms: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As every module's, except that running norms keep their width when the weights are cast."""
+        before = self.running_activation_norms
+        super()._apply(fn, recurse)
+        if before is not None and self.running_activation_norms is not None:
+            after = self.running_activation_norms
+            self.running_activation_norms = no_narrower_than(before, after, widest_float(after.device))
+        return self
 
     @property
     @abstractmethod

@@ -127,7 +127,7 @@ class TrainingStep:
         cfg = self.cfg
         return LossWeights(
             sparsity_loss_type=cfg.sparsity_loss_type,
-            sparsity=coefficient,  # pyright: ignore[reportArgumentType]  # a 0-dim tensor where it is controlled
+            sparsity=coefficient,
             tanh_stretch_coefficient=cfg.tanh_stretch_coefficient,
             frequency_scale=cfg.frequency_scale,
             p=cfg.p,
