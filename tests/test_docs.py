@@ -17,7 +17,10 @@ from tests.lm.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in path.read_text(encoding="utf-8")]
-SHORTENED = [(r"total_training_tokens=[\d_]+(?! \*)", "total_training_tokens=8_192"), (r"eval=True", "eval=True, eval_config={'total_eval_tokens': 2_000}")]
+SHORTENED = [
+    (r"total_training_tokens=[\d_]+(?! \*)", "total_training_tokens=8_192"),
+    (r"eval=True", "eval=True, eval_config={'total_eval_tokens': 2_000}"),
+]
 
 
 def blocks(path: Path) -> list[tuple[int, str]]:
@@ -27,7 +30,9 @@ def blocks(path: Path) -> list[tuple[int, str]]:
 
 def local_pythia(folder: Path) -> Path:
     """A random GPT-NeoX of Pythia-160m's width and depth, thin everywhere else."""
-    return save_tiny("gpt_neox", folder, hidden_size=768, num_hidden_layers=12, intermediate_size=16, num_attention_heads=12, max_position_embeddings=2048)
+    return save_tiny(
+        "gpt_neox", folder, hidden_size=768, num_hidden_layers=12, intermediate_size=16, num_attention_heads=12, max_position_embeddings=2048
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
