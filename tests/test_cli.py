@@ -55,7 +55,14 @@ def settings(tmp_path: Path) -> dict:
         "trainer": {"total_training_tokens": 4096, "exp_result_path": str(tmp_path / "run"), "log_frequency": 2},
         "model": {"model_name": str(model)},
         "datasets": {"text": {"dataset_name_or_path": str(text)}},
-        "activation_factory": {"sources": [{"name": "text"}], "hook_points": [hook], "batch_size": 256, "buffer_size": 1024, "context_size": 32, "model_batch_size": 4},
+        "activation_factory": {
+            "sources": [{"name": "text"}],
+            "hook_points": [hook],
+            "batch_size": 256,
+            "buffer_size": 1024,
+            "context_size": 32,
+            "model_batch_size": 4,
+        },
     }
 
 
@@ -73,11 +80,18 @@ def test_demo_trains_evaluates_shows_and_is_shown_again(tmp_path, monkeypatch, c
     folder = tmp_path / "demo"
     assert run("demo", "--out", str(folder), *SHORT, monkeypatch=monkeypatch) == 0
     output = capsys.readouterr().out
-    for expected in ("explained variance", "pca-32", "initialisation", "feature ", f"lm-saes show {folder}"):
-        assert expected in output.replace("\n", "") or expected in output
-    assert {"settings.json", "initialization.json", "config.json", "sae_weights.safetensors", "metrics.jsonl", "evaluation.json", "features.json"} <= {
-        path.name for path in folder.iterdir()
-    }
+    for expected in ("explained variance", "pca-32", "initialisation", "feature "):
+        assert expected in output
+    assert output.splitlines()[-1].startswith(f"more of one:  lm-saes show feature {folder} ")
+    assert {
+        "settings.json",
+        "initialization.json",
+        "config.json",
+        "sae_weights.safetensors",
+        "metrics.jsonl",
+        "evaluation.json",
+        "features.json",
+    } <= {path.name for path in folder.iterdir()}
     before = (folder / "sae_weights.safetensors").read_bytes()
     assert run("demo", "--out", str(folder), monkeypatch=monkeypatch) == 0
     assert "finished demo" in capsys.readouterr().out
@@ -211,7 +225,11 @@ def test_ctrl_c_writes_a_checkpoint_exits_130_and_resume_finishes_as_if_nothing_
     settings["activation_factory"] |= {"model_batch_size": 1}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = subprocess.Popen(
-        [sys.executable, "-m", "lm_saes.cli", "train", write(tmp_path, settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "lm_saes.cli", "train", write(tmp_path, settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120

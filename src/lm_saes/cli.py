@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
 from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
 from lm_saes.version import __version__
@@ -47,7 +47,7 @@ def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = Fal
     from lm_saes import commands
 
     settings = _settings(recipe("demo"), overrides, out)
-    commands.demo(settings, again=again)
+    commands.demo(settings, again=again, changed=bool(overrides))
 
 
 @app.command
@@ -57,14 +57,13 @@ def train(config: Path, *overrides: Overrides, resume: bool = False, dry_run: bo
     Parameters
     ----------
     config
-        The settings, or the name of a recipe that the package carries ("demo").
+        The settings (also the settings.json of another run), or the name of a recipe that the package carries ("demo").
     resume
         Go on from the newest checkpoint in the run's folder.
     dry_run
         Train nothing: check everything, estimate memory, disk and time, and say whether it fits.
     """
-    path = recipe(str(config)) if not config.suffix and not config.exists() else config
-    settings = _settings(path, overrides)
+    settings = _settings(config if config.suffix or config.is_file() else recipe(str(config)), overrides)
     from lm_saes import commands
 
     if dry_run:
@@ -82,13 +81,13 @@ def evaluate(target: Path, *overrides: Overrides, baseline: str | None = None) -
     target
         A run's folder, or a settings file.
     baseline
-        Evaluate a baseline beside it: `pca` has the rank of the dictionary's k.
+        Evaluate a baseline beside it: `pca`, of the dictionary's L0.
     """
     if baseline not in (None, "pca"):
         raise ConfigError(f"--baseline must be pca, got '{baseline}'{did_you_mean(str(baseline), ['pca'])}")
     from lm_saes import commands
 
-    commands.evaluate(target, _overrides(overrides), baseline)
+    commands.evaluate(target, _overrides(overrides), baseline is not None)
 
 
 @show.default
@@ -166,7 +165,7 @@ def main() -> None:
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _fail(" ".join(str(error).split()))
+        _fail(_words(error))
     except LmSaesError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -180,6 +179,16 @@ def main() -> None:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             _fail(f"no permission to write {error.filename}; choose another folder")
         raise
+
+
+def _words(error: CycloptsError) -> str:
+    """What is wrong with the words of a command, in one line."""
+    command = " ".join(["lm-saes", *(error.command_chain or ())])
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected {' '.join(error.unused_tokens or ())}; see {command} --help"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        return f"{command} needs {error.argument.name.lstrip('-').upper()}; see {command} --help"
+    return " ".join(str(error).split())
 
 
 def _fail(message: str) -> None:

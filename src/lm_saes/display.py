@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.style import Style
@@ -18,6 +23,9 @@ if TYPE_CHECKING:
 
 COLD, HOT = (43, 40, 28), (255, 176, 0)
 """Background of a token that hardly fires and of one that fires as hard as the latent ever does."""
+
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn"}
+"""Unicode categories that a terminal might obey instead of showing."""
 
 METRICS: list[tuple[str, str, Callable[[float], str]]] = [
     ("metrics/explained_variance", "explained variance", lambda value: f"{value:.4f}"),
@@ -58,47 +66,58 @@ def rows_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for label, value in rows:
-        table.add_row(label, value)
+        table.add_row(Text(label), Text(value))
     return table
+
+
+def visible(text: str) -> str:
+    """Text that shows as it is on one line: breaks as ↵, runs of white space short, control and format characters as harmless signs."""
+    text = re.sub(r"[^\S\n\u2028\u2029]*[\n\u2028\u2029]\s*", "↵ ", text)
+    text = re.sub(r" {3,}", "  ", text.replace("\t", "→"))
+    return "".join(_sign(character) if unicodedata.category(character) in _UNPRINTABLE else character for character in text)
+
+
+def _sign(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
 
 
 def lit(text: str, strength: float) -> Text:
     """A token on a background as warm as `strength` in [0, 1] says."""
-    visible = text.replace("\n", "↵").replace("\t", "→")
     if strength <= 0:
-        return Text(visible, style="grey62")
+        return Text(text, style="grey62")
+    strength = min(strength, 1.0)
     red, green, blue = (round(cold + (hot - cold) * strength) for cold, hot in zip(COLD, HOT, strict=True))
-    return Text(visible, style=Style(color="black" if strength > 0.45 else "white", bgcolor=f"rgb({red},{green},{blue})", bold=strength > 0.8))
+    return Text(text, style=Style(color="black" if strength > 0.45 else "white", bgcolor=f"rgb({red},{green},{blue})", bold=strength > 0.8))
 
 
-def context_line(texts: Sequence[str], activations: Sequence[float], peak: int, scale: float, width: int) -> Text:
-    """One context on one line: as much of it as fits, the peak always inside, runs of white space shown short."""
-    shown = [_short(text) for text in texts]
-    start, end, used = peak, peak + 1, len(shown[peak])
-    while True:
+def context_line(texts: Sequence[str], activations: Sequence[float], peak: int, scale: float, width: int, marked: bool = False) -> Text:
+    """One context on one line of at most `width` cells: the peak, always, and as much around it as fits, two tokens before for one after.
+
+    Args:
+        scale: the activation that is shown hottest.
+        marked: set the peak in «», for terminals without colours.
+    """
+    shown = [visible(text) for text in texts]
+    shown[peak] = shown[peak] or "·"  # a piece of a character that another token shows
+    if marked:
+        shown[peak] = f"«{shown[peak]}»"
+    cells = [cell_len(text) for text in shown]
+    start, end, used, grown = peak, peak + 1, cells[peak], True
+    while grown:
         grown = False
-        for side in ("before", "before", "after"):
-            index = start - 1 if side == "before" else end
-            if 0 <= index < len(shown) and used + len(shown[index]) <= width:
-                used += len(shown[index])
-                start, end = (index, end) if side == "before" else (start, index + 1)
-                grown = True
-        if not grown:
-            break
+        for index in (start - 1, start - 2, end):
+            if index in (start - 1, end) and 0 <= index < len(shown) and used + cells[index] <= width:
+                start, end, used, grown = min(start, index), max(end, index + 1), used + cells[index], True
     line = Text(no_wrap=True, overflow="ellipsis")
     for index in range(start, end):
         line.append_text(lit(shown[index], max(0.0, activations[index]) / scale if scale > 0 else 0.0))
+    line.truncate(width, overflow="ellipsis")  # a peak that is itself too long
     return line
 
 
-def _short(text: str) -> str:
-    if "\n" in text:
-        return "↵" + (" " if text.rstrip("\n") == "" or text.endswith(" ") else "")
-    return text if len(text.strip()) else text[:2]
-
-
-def feature_card(feature: Feature, width: int, n_contexts: int = 5) -> RenderableType:
-    """A latent's head line and its strongest contexts."""
+def feature_card(feature: Feature, width: int, n_contexts: int = 5, marked: bool = False) -> RenderableType:
+    """A latent's head line and its strongest contexts; `marked` as for `context_line`."""
     head = Text.assemble(
         (f"feature {feature.index}", "bold"),
         (f"   fires on {feature.density:.3%} of tokens   max {feature.max_activation:.2f}", "dim"),
@@ -106,13 +125,14 @@ def feature_card(feature: Feature, width: int, n_contexts: int = 5) -> Renderabl
     if not feature.contexts:
         return Group(head, Text("  did not fire on this text", style="dim"))
     lines = [
-        context_line(context.texts, context.activations, context.peak, feature.max_activation, width - 4) for context in feature.contexts[:n_contexts]
+        context_line(context.texts, context.activations, context.peak, feature.max_activation, width - 4, marked)
+        for context in feature.contexts[:n_contexts]
     ]
     return Group(head, *(Padding(line, (0, 0, 0, 2)) for line in lines))
 
 
-def summary_rows(settings: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """What was trained on what, from a run's `settings.json` and its last metrics."""
+def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is trained on what, from settings as JSON values."""
     sae, trainer, model = settings["sae"], settings["trainer"], settings.get("model") or {}
     rows = [("model", str(model.get("model_name", "–")))]
     if "hook_point_in" in sae:
@@ -123,13 +143,10 @@ def summary_rows(settings: Mapping[str, Any], metrics: Mapping[str, Any] | None 
         rows += [("dictionary", f"{kind} of {latents:,} latents over {sae['d_model']} dimensions, {sae['act_fn']}{sparsity}"), ("hook point", hooks)]
     else:
         rows.append(("dictionary", f"fine-tuned from {sae['pretrained_name_or_path']}"))
-    text = ", ".join(
-        f"{name} ({table.get('dataset_name_or_path')})"
-        for name, table in (settings.get("datasets") or {"demo": {"dataset_name_or_path": "demo"}}).items()
-    )
-    rows.append(("text", text))
-    tokens = (metrics or {}).get("details/n_training_tokens", trainer["total_training_tokens"])
-    rows.append(("tokens", f"{int(tokens):,}"))
+    datasets = settings.get("datasets") or {}
+    paths = {source["name"]: datasets.get(source["name"], {}).get("dataset_name_or_path") for source in settings["activation_factory"]["sources"]}
+    rows.append(("text", ", ".join(name if path in (None, name) else f"{name} ({path})" for name, path in paths.items())))
+    rows.append(("tokens", f"{trainer['total_training_tokens']:,}"))
     return rows
 
 
@@ -142,6 +159,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def console(stderr: bool = False) -> Console:
-    """The terminal; at least 60 columns wide when there is none."""
-    return Console(stderr=stderr, highlight=False)
+class Terminal(Console):
+    """Where the commands print. When whoever reads it goes away (`| head`), the work goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    @property
+    def marked(self) -> bool:
+        """Whether peaks are marked with signs, for want of colours."""
+        return self.color_system is None or self.no_color
+
+
+def console() -> Terminal:
+    """The terminal; 80 columns wide when there is none and COLUMNS is not set."""
+    return Terminal(highlight=False)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_saes.config import ActivationFactoryTarget, SAEConfig, TrainSAESettings
+from lm_saes.config import ActivationFactoryTarget, InitializerConfig, SAEConfig, TrainSAESettings
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.runners import check_widths, open_model, open_stream, start_dictionary, with_device
+from lm_saes.runners import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
 from lm_saes.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ KNOBS = {
     "dictionary and its optimizer": "lower sae.expansion_factor",
     "shuffle buffer": "lower activation_factory.buffer_size",
     "one training step": "lower activation_factory.batch_size, or raise trainer.gradient_accumulation_steps",
+    "initialisation": "lower initializer.n_batches",
+    "python and libraries": "there is no room for more than Python and its libraries; close other programs",
     "language model": 'use a smaller model, or set model.dtype = "bfloat16"',
     "one forward of the language model": "lower activation_factory.model_batch_size or activation_factory.context_size",
 }
@@ -100,7 +102,7 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
     """
     settings = with_device(settings)
     model = open_model(settings)
-    check_widths(settings, model)
+    check_joints(settings, model)
     result = _sizes(settings, model)
     if calibrate and result.fits:
         _calibrate(settings, model, result)
@@ -109,7 +111,7 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
 
 def _sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
     factory, trainer = settings.activation_factory, settings.trainer
-    cfg = settings.sae if isinstance(settings.sae, SAEConfig) else SAEConfig.from_pretrained(settings.sae.pretrained_name_or_path)
+    cfg = dictionary_config(settings)
     d, f = cfg.d_model, cfg.d_sae
     parameters = (
         d * f * (3 if cfg.use_glu_encoder else 2)
@@ -128,12 +130,18 @@ def _sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
     buffer = (factory.buffer_size or factory.batch_size) * (sum(widths.values()) * activation_bytes + 9)
     if factory.max_buffer_bytes is not None:
         buffer = min(buffer, factory.max_buffer_bytes)
-    # Encoder product, its gated form and their gradients are alive at once in the dense step.
-    step = 4 * micro * (4 * f + 6 * d)
-    memory = {"dictionary and its optimizer": 4 * 4 * parameters, "shuffle buffer": buffer, "one training step": step}
+    # At once in a step: pre-activations, gate values, codes and the gradients of two of them (of the TopK family, the codes are sparse); inputs,
+    # labels, reconstruction, errors. In the initialisation: one batch of codes at a time, and all its activations, raw and scaled.
+    step = 4 * micro * ((3 if cfg.act_fn in {"topk", "batchtopk"} else 5) * f * (2 if cfg.use_glu_encoder else 1) + 6 * d)
+    n_batches = (settings.initializer or InitializerConfig()).n_batches if isinstance(settings.sae, SAEConfig) else 0
+    initialisation = 4 * batch_tokens * n_batches * (f + 4 * sum(widths.values()))
+    memory = {"dictionary and its optimizer": 4 * 4 * parameters, "shuffle buffer": buffer}
+    memory |= {"one training step": step} if step >= initialisation else {"initialisation": initialisation}
     if model is not None:
         memory["language model"] = _language_model_bytes(model)
         memory["one forward of the language model"] = 4 * factory.model_batch_size * context * (sum(widths.values()) + 16 * model.d_model)
+    if not _device_of(settings, model).startswith("cuda"):
+        memory["python and libraries"] = max(0, resident_memory() - memory.get("language model", 0))
     folder = Path(trainer.exp_result_path)
     checkpoint = 3 * 4 * parameters + buffer
     return Estimate(
@@ -201,17 +209,25 @@ def _device_of(settings: TrainSAESettings, model: LanguageModel | None) -> str:
 
 
 def available_memory(device: str, model: LanguageModel | None = None) -> int:
-    """Bytes that are free on the device: what the driver says on CUDA, what the system says elsewhere."""
+    """Bytes that a run could have on the device: what is free (says the driver on CUDA, the system elsewhere) and what this process has."""
     kind = model.device if model is not None else torch.device("cpu" if device == "auto" else device)
     if kind.type == "cuda":
-        return int(torch.cuda.mem_get_info(kind)[0])
+        return int(torch.cuda.mem_get_info(kind)[0]) + torch.cuda.memory_reserved(kind)
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 + resident_memory()
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _existing_parent(path: Path) -> Path:

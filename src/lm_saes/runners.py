@@ -17,7 +17,6 @@ import torch
 
 from lm_saes.activations.factory import ActivationFactory
 from lm_saes.config import (
-    ActivationFactoryConfig,
     ActivationFactoryTarget,
     DatasetConfig,
     EvalConfig,
@@ -29,13 +28,14 @@ from lm_saes.config import (
     TrainSAESettings,
 )
 from lm_saes.config.base import BaseModelConfig
-from lm_saes.errors import ConfigError, HookPointError
+from lm_saes.config.dictionaries import CONFIG_FILE
+from lm_saes.errors import ConfigError, HookPointError, RunFolderError
 from lm_saes.evaluation.evaluator import Evaluator
 from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel, load_model
 from lm_saes.models.initializer import Initializer
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import RunFolder, write_atomically
+from lm_saes.training.checkpoint import RunFolder, disk_errors, write_json
 from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
 from lm_saes.training.trainer import Trainer
 from lm_saes.version import __version__
@@ -43,6 +43,9 @@ from lm_saes.version import __version__
 if TYPE_CHECKING:
     from lm_saes.activations.factory import ActivationStream
     from lm_saes.training.loggers import Logger
+
+FOLDABLE = ("dataset-wise", "batch-wise")
+"""The normalisations whose scale is a constant after training, so that it can be folded into the weights."""
 
 EVALUATION_ROWS = 8
 """Contexts in one batch of an evaluation: small enough for any machine, large enough to keep it busy."""
@@ -71,26 +74,30 @@ def train_sae(
     report = report or _silent
     folder = Path(settings.trainer.exp_result_path)
     newest = RunFolder(folder).open(resume) if folder.exists() else None
+    if newest is not None:
+        check_same(settings, folder)
     placed = with_device(settings)
     model = open_model(placed)
     report("model", model)
-    check_widths(settings, model)
+    check_joints(settings, model)
     stream = open_stream(placed, model, settings.trainer.seed)
+    table = {"versions": versions(), **settings.as_dict()}
+    configured = _configured_loggers(settings, table)
 
     if newest is not None:
         sae = SparseDictionary.from_pretrained(newest, fold_activation_scale=False, device=placed.sae.device)
     else:
         sae = start_dictionary(placed, stream, model, report, folder)
     sae.provenance = provenance(settings, model)
-    table = {"versions": versions(), **settings.as_dict()}
-    write_json(folder / "settings.json", table)
+    _write(folder / "settings.json", table)
 
-    trainer = Trainer(settings.trainer, loggers=[*loggers, *_configured_loggers(settings, table)], settings=table, resume=resume)
+    trainer = Trainer(settings.trainer, loggers=[*loggers, *configured], settings=table, resume=resume)
     trainer.fit(sae, stream, _evaluation_during_training(placed, model) if settings.eval else None)
     report("stream", stream)
-    if settings.fold_activation_scale and sae.cfg.norm_activation in {"dataset-wise", "batch-wise"}:
+    if settings.fold_activation_scale and sae.cfg.norm_activation in FOLDABLE:
         sae.fold_activation_scale()
-    sae.save_pretrained(folder)
+    with disk_errors(str(folder)):
+        sae.save_pretrained(folder)
     if settings.eval:
         results = evaluate_dictionary(sae, settings.eval_config, placed, model)
         write_json(folder / "evaluation.json", results)
@@ -98,19 +105,18 @@ def train_sae(
     return sae
 
 
-def evaluate_sae(settings: EvaluateSAESettings) -> dict[str, dict[str, Any]]:
-    """Evaluate a saved dictionary on the settings' text; `{"sae": metrics, "pca-<k>": metrics}`."""
-    device_settings = with_device(settings)
-    model = open_model(device_settings)
-    check_widths_of(settings.activation_factory, model)
-    reference = device_settings.sae
-    sae = SparseDictionary.from_pretrained(
-        reference.pretrained_name_or_path,
-        fold_activation_scale=settings.fold_activation_scale and reference.fold_activation_scale,
-        strict_loading=reference.strict_loading,
-        device=reference.device,
-    )
-    return evaluate_dictionary(sae, settings.eval, device_settings, model)
+def evaluate_sae(settings: EvaluateSAESettings, *, baseline: bool = False) -> dict[str, dict[str, Any]]:
+    """Evaluate a saved dictionary on the settings' text; `{"sae": metrics, "pca-<k>": metrics}`.
+
+    Args:
+        settings: What to evaluate, on what.
+        baseline: Evaluate PCA beside it, of the dictionary's L0 where the settings name no rank.
+    """
+    placed = with_device(settings)
+    model = open_model(placed)
+    check_joints(settings, model)
+    sae = load_dictionary(placed.sae.replace(fold_activation_scale=settings.fold_activation_scale and settings.sae.fold_activation_scale))
+    return evaluate_dictionary(sae, settings.eval, placed, model, baseline)
 
 
 # ----------------------------------------------------------------------------------------------------------------- pieces
@@ -133,6 +139,19 @@ def with_device(settings: Any) -> Any:
         return config.replace(device=name)
 
     return settings.replace(model=placed(settings.model), sae=placed(settings.sae))
+
+
+def load_dictionary(reference: PretrainedSAE) -> SparseDictionary:
+    """Saved weights. They are folded where the reference asks for it and where folding exists: a dictionary whose scale is that of each vector
+    (token-wise), and one that was folded already, are loaded as they are."""
+    foldable = SAEConfig.from_pretrained(reference.pretrained_name_or_path).norm_activation in FOLDABLE
+    return SparseDictionary.from_pretrained(
+        reference.pretrained_name_or_path,
+        fold_activation_scale=reference.fold_activation_scale and foldable,
+        strict_loading=reference.strict_loading,
+        device=reference.device,
+        dtype=reference.dtype,
+    )
 
 
 def open_model(settings: Settings) -> LanguageModel | None:
@@ -165,13 +184,20 @@ def evaluation_stream(settings: Settings, model: LanguageModel | None, seed: int
     return ActivationFactory(factory).process(model=model, model_name=settings.model_name, datasets=datasets, seed=seed)
 
 
-def evaluate_dictionary(sae: SparseDictionary, cfg: EvalConfig, settings: Settings, model: LanguageModel | None) -> dict[str, dict[str, Any]]:
-    """The dictionary's metrics on held-out text, and those of the baselines that the config names, on the same text."""
-    results = {"sae": Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)}
-    if cfg.baseline_pca is not None:
+def evaluate_dictionary(
+    sae: SparseDictionary, cfg: EvalConfig, settings: Settings, model: LanguageModel | None, baseline: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The dictionary's metrics on held-out text, and those of PCA on the same text: of the rank that the config names or, with `baseline`
+    and none named, of the dictionary's measured L0."""
+    metrics = Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)
+    results: dict[str, dict[str, Any]] = {"sae": metrics}
+    rank = cfg.baseline_pca
+    if rank is None and baseline:
+        rank = min(max(1, round(metrics["metrics/l0"])), sae.cfg.d_model)  # pyright: ignore[reportArgumentType]  # L0 is a number
+    if rank is not None:
         fitting = open_stream(settings, model, seed=1)
-        baseline = PCABaseline(cfg.baseline_pca, sae.cfg.hooks_out[0]).fit(fitting, n_tokens=min(200_000, cfg.total_eval_tokens))
-        results[f"pca-{cfg.baseline_pca}"] = Evaluator(cfg).evaluate(baseline, evaluation_stream(settings, model), model=model)
+        pca = PCABaseline(rank, sae.cfg.hooks_out[0]).fit(fitting, n_tokens=min(200_000, cfg.total_eval_tokens))
+        results[f"pca-{rank}"] = Evaluator(cfg).evaluate(pca, evaluation_stream(settings, model), model=model)
     return results
 
 
@@ -184,16 +210,11 @@ def start_dictionary(
 ) -> SparseDictionary:
     """A fresh dictionary: initialised from the start of the stream, or loaded from saved weights (fine-tuning)."""
     if isinstance(settings.sae, PretrainedSAE):
-        return SparseDictionary.from_pretrained(
-            settings.sae.pretrained_name_or_path,
-            fold_activation_scale=settings.sae.fold_activation_scale,
-            strict_loading=settings.sae.strict_loading,
-            device=settings.sae.device,
-        )
+        return load_dictionary(settings.sae)
     initializer = Initializer(settings.initializer or InitializerConfig())
     sae = initializer.initialize_sae_from_config(settings.sae, stream, model=model, seed=settings.trainer.seed)
     if folder is not None:
-        write_json(folder / "initialization.json", initializer.report.as_dict())
+        _write(folder / "initialization.json", initializer.report.as_dict())
     report("initialization", initializer.report)
     return sae
 
@@ -216,23 +237,45 @@ def _evaluation_during_training(settings: TrainSAESettings, model: LanguageModel
     return lambda sae: Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)
 
 
-def check_widths(settings: TrainSAESettings, model: LanguageModel | None) -> None:
-    """The hook points exist and have the width of the dictionary."""
-    if model is None:
-        return
-    check_widths_of(settings.activation_factory, model)
-    if isinstance(settings.sae, SAEConfig):
-        for hook in settings.sae.associated_hook_points:
-            width = model.hook_width(hook)
-            if width != settings.sae.d_model:
-                raise HookPointError(f"d_model is {settings.sae.d_model}, but '{hook}' is {width} wide; set sae.d_model = {width}")
+def dictionary_config(settings: TrainSAESettings | EvaluateSAESettings) -> SAEConfig:
+    """The configuration of the settings' dictionary, read from its folder where it is a saved one."""
+    sae = settings.sae
+    return sae if isinstance(sae, SAEConfig) else SAEConfig.from_pretrained(sae.pretrained_name_or_path)
 
 
-def check_widths_of(factory: ActivationFactoryConfig, model: LanguageModel | None) -> None:
-    """The hook points exist."""
+def check_joints(settings: TrainSAESettings | EvaluateSAESettings, model: LanguageModel | None) -> None:
+    """The dictionary's hook points are captured, exist in the model, and are as wide as the dictionary.
+
+    Raises:
+        ConfigError, HookPointError, WeightsError: they are not; or the saved dictionary that is named cannot be read.
+    """
+    cfg, captured = dictionary_config(settings), settings.activation_factory.hook_points
+    missing = [hook for hook in cfg.associated_hook_points if hook not in captured]
+    if missing:
+        raise ConfigError(f"activation_factory.hook_points lacks {missing}, which the dictionary reads or reconstructs")
     if model is not None:
-        for hook in factory.hook_points:
-            model.hook_width(hook)
+        widths = {hook: model.hook_width(hook) for hook in captured}
+        for hook in cfg.associated_hook_points:
+            if widths[hook] != cfg.d_model:
+                raise HookPointError(f"d_model is {cfg.d_model}, but '{hook}' is {widths[hook]} wide; set sae.d_model = {widths[hook]}")
+
+
+def check_same(settings: TrainSAESettings, folder: Path) -> None:
+    """A run goes on with the dictionary, the model and the text that it began with.
+
+    Raises:
+        ConfigError: one of them is another one now.
+    """
+    if not (folder / "settings.json").is_file():
+        return
+    before, now = settings_of_run(folder).as_dict(), settings.as_dict()
+    for part in ("sae", "initializer", "model", "datasets", "activation_factory"):
+        old, new = before[part], now[part]
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing = [name for name in new if name != "device" and old.get(name) != new[name]]
+            part, old, new = (f"{part}.{differing[0]}", old.get(differing[0]), new[differing[0]]) if differing else (part, None, None)
+        if old != new:
+            raise ConfigError(f"{folder} was begun with {part} = {old}, got {new}; resume with its own settings, or choose another exp_result_path")
 
 
 def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[str, Any]:
@@ -252,10 +295,11 @@ def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[
     return record
 
 
-def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Replace a JSON file, whole or not at all; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(table, indent=2) + "\n")
+def _write(path: Path, table: dict[str, Any]) -> None:
+    """Write a JSON file of a run; the folder is made now, when everything that can be checked was checked."""
+    with disk_errors(str(path.parent)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, table)
 
 
 def versions() -> dict[str, str]:
@@ -280,15 +324,33 @@ def settings_of_run(folder: str | Path) -> TrainSAESettings:
         raise ConfigError(f"{folder} is not a run's folder: there is no settings.json in it") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} must hold a table of settings, got {type(table).__name__}")
     table.pop("versions", None)
     return validated(TrainSAESettings, table, origin=str(path))
 
 
+def check_finished(folder: str | Path) -> None:
+    """The run in the folder has its dictionary.
+
+    Raises:
+        RunFolderError: it was not trained to its end.
+    """
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        raise RunFolderError(f"the run in {folder} is not finished; finish it with lm-saes train {Path(folder) / 'settings.json'} --resume")
+
+
 def load_run(folder: str | Path, device: str = "auto") -> tuple[SparseDictionary, TrainSAESettings, LanguageModel | None]:
-    """A run's finished dictionary, its settings and its language model."""
-    settings = with_device(settings_of_run(folder).replace(device_type=device))
-    sae = SparseDictionary.from_pretrained(folder, device=settings.sae.device)
-    return sae, settings, open_model(settings)
+    """A run's finished dictionary, its settings and its language model.
+
+    Raises:
+        LmSaesError: the folder holds no finished run, or its language model is not where it was.
+    """
+    settings = settings_of_run(folder)
+    check_finished(folder)
+    placed = with_device(settings.replace(device_type=device))
+    sae = load_dictionary(PretrainedSAE(pretrained_name_or_path=str(folder), device=placed.sae.device))
+    return sae, placed, open_model(placed)
 
 
 __all__ = ["evaluate_sae", "load_run", "settings_of_run", "train_sae"]

@@ -69,25 +69,33 @@ class FeatureFinder:
         self._position = torch.zeros(kept, n_latents, dtype=torch.int64)
         self._rows: list[torch.Tensor] = []  # token ids of every row seen; a few bytes a token
         self._spans: list[Sequence[tuple[str, int, int]]] = []  # the documents that each row is made of
-        self._inputs: list[torch.Tensor] = []  # and its input activations, in float16, to recompute the codes of the chosen windows
+        self._inputs: list[torch.Tensor] = []  # its input activations in two bytes, to recompute the codes of the chosen windows
+        self._masks: list[torch.Tensor] = []
 
     @torch.no_grad()
     def add(self, batch: dict[str, Any]) -> None:
         """Take one 2D batch: hook points `[B, S, D]`, `tokens` and `mask` `[B, S]`."""
-        mask, tokens = batch["mask"], batch["tokens"]
-        codes = self.sae.features(batch).float() * mask[..., None]
-        self.counts += (codes > 0).sum((0, 1)).cpu()
-        self.n_tokens += int(mask.sum())
-        peaks, positions = codes.max(1)  # [B, F]
-        first = len(self._rows)
-        rows = torch.arange(first, first + len(tokens))[:, None].expand(-1, peaks.shape[1])
-        self._rows.extend(row.cpu() for row in tokens)
-        self._spans.extend(meta.get("spans", []) for meta in batch.get("meta", [{}] * len(tokens)))
-        self._inputs.extend(row.cpu() for row in batch[self.sae.cfg.hooks_in[0]].half())
-        candidates = torch.cat([self._peaks, peaks.cpu()])
-        self._peaks, order = candidates.topk(len(self._peaks), dim=0)
-        self._row = torch.cat([self._row, rows]).gather(0, order)
-        self._position = torch.cat([self._position, positions.cpu()]).gather(0, order)
+        hook = self.sae.cfg.hooks_in[0]
+        spans = [meta.get("spans", []) for meta in batch.get("meta", [{}] * len(batch["tokens"]))]
+        for tokens, mask, x, of_row in zip(batch["tokens"], batch["mask"], batch[hook], spans, strict=True):
+            codes = self.sae.features({hook: x}).float().masked_fill(~mask[:, None], 0)  # row by row: [S, F] is the largest thing there is
+            self.counts += (codes > 0).sum(0).cpu()
+            self.n_tokens += int(mask.sum())
+            self._merge(*(best.cpu() for best in codes.max(0)))
+            self._rows.append(tokens.cpu())
+            self._masks.append(mask.cpu())
+            self._spans.append(of_row)
+            half = x.half()  # more exact than bfloat16, where it is wide enough
+            self._inputs.append((half if half.isfinite().all() else x.bfloat16()).cpu())
+
+    def _merge(self, peaks: torch.Tensor, positions: torch.Tensor) -> None:
+        """Let the row that comes next take the place of each latent's weakest candidate, where it is stronger."""
+        weakest, place = self._peaks.min(0)
+        better = (peaks > weakest).nonzero().flatten()
+        place = place[better]
+        self._peaks[place, better] = peaks[better]
+        self._row[place, better] = len(self._rows)
+        self._position[place, better] = positions[better]
 
     def density(self) -> torch.Tensor:
         """Share of tokens on which each latent fired, `[F]`."""
@@ -97,7 +105,8 @@ class FeatureFinder:
         """(row, position, activation) of a latent's strongest peaks, strongest first, without repetitions of the same few tokens."""
         found: list[tuple[int, int, float]] = []
         seen: set[tuple[int, ...]] = set()
-        for row, position, peak in zip(self._row[:, index].tolist(), self._position[:, index].tolist(), self._peaks[:, index].tolist(), strict=True):
+        for candidate in self._peaks[:, index].argsort(descending=True, stable=True).tolist():
+            row, position, peak = int(self._row[candidate, index]), int(self._position[candidate, index]), float(self._peaks[candidate, index])
             if peak <= 0 or len(found) == self.n_contexts:
                 break
             ending = tuple(self._rows[row][max(0, position + 1 - ALIKE) : position + 1].tolist())
@@ -113,11 +122,16 @@ class FeatureFinder:
         hook = self.sae.cfg.hooks_in[0]
         for row, position, peak in self.contexts(index):
             start, end = max(0, position - self.before), min(len(self._rows[row]), position + self.after + 1)
-            activations = self.sae.features({hook: self._inputs[row][start:end].float().to(self._device())})[:, index].float().cpu()
+            x = self._inputs[row][start:end].float().to(self._device())
+            activations = self.sae.features({hook: x})[:, index].float().cpu().masked_fill(~self._masks[row][start:end], 0)
             activations[position - start] = peak
             tokens = self._rows[row][start:end].tolist()
             contexts.append(Context(tokens, token_texts(tokens), [round(value, 4) for value in activations.tolist()], position - start))
-        return Feature(index, float(self.density()[index]), float(self._peaks[0, index]), contexts)
+        return Feature(index, float(self.density()[index]), self.max_activation(index), contexts)
+
+    def max_activation(self, index: int) -> float:
+        """The largest activation of a latent; 0 if it never fired."""
+        return float(self._peaks[:, index].max())
 
     def peak_tokens(self, index: int) -> list[int]:
         """The ids at a latent's peaks."""
@@ -159,7 +173,7 @@ def pick(finder: FeatureFinder, n: int, lowest: float = 2e-4, highest: float = 1
     chosen, tokens = [], set()
     for group in torch.tensor(ordered).tensor_split(min(n, len(ordered))):
         fresh = [index for index in group.tolist() if finder.peak_tokens(index)[0] not in tokens] or group.tolist()
-        best = max(fresh, key=lambda index: (len(finder.sources(index)), _agreement(finder.peak_tokens(index)), float(finder._peaks[0, index])))
+        best = max(fresh, key=lambda index: (len(finder.sources(index)), _agreement(finder.peak_tokens(index)), finder.max_activation(index)))
         chosen.append(best)
         tokens.update(finder.peak_tokens(best))
     return chosen

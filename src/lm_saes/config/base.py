@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -56,6 +56,12 @@ PathString = Annotated[str, BeforeValidator(lambda value: str(value) if isinstan
 """A path kept as text, so that configurations stay plain values; `pathlib.Path` is accepted."""
 
 
+def _is_number(annotation: Any) -> bool:
+    """Whether a field takes numbers and no truth values."""
+    parts = {annotation, *(part for outer in get_args(annotation) for part in (outer, *get_args(outer)))}
+    return bool(parts & {int, float}) and bool not in parts
+
+
 class BaseConfig(BaseModel):
     """Base of every configuration: frozen, strict about names, with `replace` for a validated copy."""
 
@@ -75,6 +81,8 @@ class BaseConfig(BaseModel):
             for name in data:
                 if name not in cls.model_fields:
                     raise ValueError(f"{cls.__name__} has no field '{name}'{did_you_mean(str(name), cls.model_fields)}")
+                if isinstance(data[name], bool) and _is_number(cls.model_fields[name].annotation):  # pydantic would take true for 1
+                    raise ValueError(f"{name} needs a number, got {str(data[name]).lower()}")
         return data
 
     if not TYPE_CHECKING:
@@ -251,5 +259,6 @@ def _without_tags(location: Sequence[int | str]) -> list[int | str]:
 def load_settings(cls: type[ConfigT], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ConfigT:
     """Settings from a file (if any) with overrides laid over it: defaults < file < overrides."""
     data = read_config_file(path) if path is not None else {}
+    data.pop("versions", None)  # a run's settings.json is a settings file too
     origin = str(path) if path is not None else ""
     return validated(cls, merge(data, overrides or {}), origin=f"{origin} with the command line's options" if origin and overrides else origin)
