@@ -53,11 +53,11 @@ def demo(settings: TrainSAESettings, again: bool = False, changed: bool = False)
     if (folder / ("evaluation.json" if settings.eval else CONFIG_FILE)).is_file():
         if changed:
             check_same(settings, folder)
-        terminal.print(Text(f"{folder} holds a finished demo; lm-saes demo --again trains it anew", style="dim"), soft_wrap=True)
+        terminal.print(Text(f"{folder} holds a finished demo; lm-saes demo --again trains it anew\n", style="dim"), soft_wrap=True)
+        show_run(folder, SHOWN, terminal)
     else:
         train_with_bar(settings, True, terminal)  # a folder without a checkpoint is a fresh start
-    terminal.print()
-    show_run(folder, SHOWN, terminal)
+        show_features(folder, SHOWN, terminal)
 
 
 def remove_run(folder: Path) -> None:
@@ -156,6 +156,11 @@ def show_run(run: Path, n: int = SHOWN, terminal: display.Terminal | None = None
     if results:
         terminal.print()
         terminal.print(display.evaluation_table(results))
+    show_features(run, n, terminal)
+
+
+def show_features(run: Path, n: int, terminal: display.Terminal) -> None:
+    """A handful of a run's features, and the command that shows more of one."""
     with terminal.status("reading held-out text"):
         features = features_of_run(run, n)
     firing = "in « » the token it fires hardest on" if terminal.marked else "the warmer a token, the harder it fires on it"
