@@ -23,7 +23,7 @@ import torch
 from lm_saes import ops
 from lm_saes.config import SAEConfig
 from lm_saes.losses import LossInputs, LossWeights, total_loss
-from lm_saes.models import SparseAutoEncoder, SparseDictionary
+from lm_saes.models import SparseDictionary
 
 SHAPES = ["768,6144,50,4096", "192,1536,32,2048"]
 IMPLEMENTATIONS = ["reference", "auto"]
@@ -34,7 +34,7 @@ def make_step(act_fn: str, shape: str) -> Callable[[str], None]:
     D, F, k, N = (int(number) for number in shape.split(","))
     torch.manual_seed(0)
     cfg = SAEConfig(hook_point_in="h", hook_point_out="h", d_model=D, expansion_factor=F / D, act_fn=act_fn, top_k=k, device="cpu")  # pyright: ignore[reportArgumentType]
-    sae: SparseDictionary = SparseAutoEncoder(cfg)
+    sae = SparseDictionary.from_config(cfg)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
     x, mask = torch.randn(N, D), torch.ones(N, dtype=torch.bool)
 

@@ -1,4 +1,4 @@
-"""The definitions of the operations, against NumPy, at ties and at every extreme of k; every gradient by finite differences."""
+"""The operations, by each implementation, against NumPy, at ties and at every extreme of k; every gradient by finite differences."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,17 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from lm_saes import ops
-from lm_saes.errors import ConfigError
 from lm_saes.ops import Encoder, SparseCodes
 
 D, F = 4, 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["reference", "sparse"])
+def implementation(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_SAES_OPS", request.param)
+        yield
 
 
 def tensor(*shape, seed=0):
@@ -190,13 +196,3 @@ def test_half_precision(weights):
             assert (output.double() - expected).norm() < 0.05 * expected.norm()  # 8 bits, a few roundings
             output.float().sum().backward()
     assert all(t.grad.isfinite().all() and t.grad.dtype == weights for t in (*e[:4], W_D))
-
-
-def test_choosing(monkeypatch):
-    monkeypatch.delenv("LM_SAES_OPS", raising=False)
-    assert "LM_SAES_OPS is not set" in ops.explain()
-    monkeypatch.setenv("LM_SAES_OPS", "reference")
-    assert ops.explain().startswith("ops: reference")
-    monkeypatch.setenv("LM_SAES_OPS", "fastest")
-    with pytest.raises(ConfigError, match="LM_SAES_OPS must be one of auto, reference, got 'fastest'"):
-        ops.decode(torch.zeros(1, F), torch.zeros(F, D))

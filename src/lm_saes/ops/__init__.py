@@ -1,7 +1,8 @@
 """The operations that dictionaries are made of: one function each, and one place that chooses how it is computed.
 
-`reference.py` is the definition. A faster implementation stands beside it and has to agree with it, outputs and gradients
-(tests/ops). The environment variable `LM_SAES_OPS=reference` forces the reference; `explain()` says what runs and why.
+`reference.py` is the definition. `sparse.py`, the faster implementation, has to agree with it, outputs and gradients (tests/ops).
+It runs on CPUs, the reference elsewhere; the environment variable `LM_SAES_OPS` (auto, reference, sparse) forces one of them
+everywhere, and `explain()` says what runs and why.
 
 Letters: N tokens, D model width, F latents; h pre-activations, q gate values (h, times the norm of the decoder row where the gate
 includes it). All comparisons are made in float32 or wider, also under autocast.
@@ -16,37 +17,49 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.ops import reference
+from lm_saes.ops import reference, sparse
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.sparse_codes import Codes, SparseCodes, at_least_float32, counts, entries, latent_sums, map_codes, row_sums, scale_latents, to_dense
 
 ENVIRONMENT_VARIABLE = "LM_SAES_OPS"
-_IMPLEMENTATIONS = {"auto": reference, "reference": reference}
+_IMPLEMENTATIONS = {"reference": reference, "sparse": sparse}
+_FASTEST_ON_CPU, _FASTEST_ELSEWHERE = "sparse", "reference"
 
 
-def _implementation() -> ModuleType:
+def _implementation(tensor: Tensor) -> ModuleType:
+    return _IMPLEMENTATIONS[_chosen(tensor.device.type)]
+
+
+def _chosen(device: str) -> str:
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if name == "auto":
+        # Measured (benchmarks/README.md) on CPUs only. `sparse` asks the device how many entries there are, for BatchTopK.
+        return _FASTEST_ON_CPU if device == "cpu" else _FASTEST_ELSEWHERE
     if name not in _IMPLEMENTATIONS:
-        raise ConfigError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(_IMPLEMENTATIONS)}, got '{name}'")
-    return _IMPLEMENTATIONS[name]
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(('auto', *_IMPLEMENTATIONS))}, got '{name}'")
+    return name
 
 
 def explain() -> str:
     """Which implementation runs, and why, in one line."""
-    chosen = _implementation().__name__.rpartition(".")[2]
-    asked = os.environ.get(ENVIRONMENT_VARIABLE)
-    why = f"{ENVIRONMENT_VARIABLE}={asked}" if asked else f"{ENVIRONMENT_VARIABLE} is not set"
-    return f"ops: {chosen} (plain torch, the only implementation in this version; {why})"
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if asked != "auto":
+        return f"ops: {_chosen('cpu')} ({ENVIRONMENT_VARIABLE}={asked})"
+    return (
+        f"ops: {_chosen('cpu')} on CPUs (blocks of encoder products, gradients from the entries: measured faster there), "
+        f"{_chosen('other')} on other devices (nothing else is measured there); {ENVIRONMENT_VARIABLE} is "
+        + ("auto" if ENVIRONMENT_VARIABLE in os.environ else "not set")
+    )
 
 
 def pre_activations(x: Float[Tensor, "N D"], encoder: Encoder, latents: Int64[Tensor, " M"] | None = None) -> Float[Tensor, "N _"]:
     """h = x W + b, times sigmoid(x W_glu + b_glu) for a gated linear unit; of all latents, or of `latents` only."""
-    return _implementation().pre_activations(x, encoder, latents)
+    return _implementation(x).pre_activations(x, encoder, latents)
 
 
 def gate_values(h: Float[Tensor, "N _"], encoder: Encoder, latents: Int64[Tensor, " M"] | None = None) -> Float[Tensor, "N _"]:
     """q = h * ||W_D row|| where the gate includes the norm, else h; in float32 or wider."""
-    return _implementation().gate_values(h, encoder, latents)
+    return _implementation(h).gate_values(h, encoder, latents)
 
 
 def topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> SparseCodes:
@@ -54,7 +67,7 @@ def topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> SparseCodes
 
     Always min(k, F) entries per row; those with q <= 0 are zeros without gradient.
     """
-    return _implementation().topk_codes(x, encoder, k)
+    return _implementation(x).topk_codes(x, encoder, k)
 
 
 def batch_topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bool[Tensor, " N"] | None = None) -> SparseCodes:
@@ -62,12 +75,12 @@ def batch_topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bo
 
     Rows outside the mask get no code. Entries with q <= 0 are zeros without gradient.
     """
-    return _implementation().batch_topk_codes(x, encoder, k, mask)
+    return _implementation(x).batch_topk_codes(x, encoder, k, mask)
 
 
 def threshold_codes(h: Float[Tensor, "N F"], q: Float[Tensor, "N F"], threshold: Tensor | float) -> Float[Tensor, "N F"]:
     """h where q > threshold and h > 0, else 0. Gradient to h is that mask; none flows to q or the threshold."""
-    return _implementation().threshold_codes(h, q, threshold)
+    return _implementation(h).threshold_codes(h, q, threshold)
 
 
 def jumprelu(h: Float[Tensor, "N F"], q: Float[Tensor, "N F"], threshold: Float[Tensor, " F"], window: float) -> Float[Tensor, "N F"]:
@@ -76,12 +89,12 @@ def jumprelu(h: Float[Tensor, "N F"], q: Float[Tensor, "N F"], threshold: Float[
     With c the code, theta the threshold and eps the full width of the window:
     dc/dh = 1[q > theta and h > 0];  dc/dtheta = -(theta / eps) 1[|q - theta| < eps / 2] 1[h > 0];  dc/dq = 0.
     """
-    return _implementation().jumprelu(h, q, threshold, window)
+    return _implementation(h).jumprelu(h, q, threshold, window)
 
 
 def decode(codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
     """codes @ W_D, for codes of either form."""
-    return _implementation().decode(codes, W_D)
+    return _implementation(W_D).decode(codes, W_D)
 
 
 __all__ = [
