@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_saes import cli
+from lm_saes import cli, commands
 from tests.lm.tiny_models import save_tiny
 
 SHORT = [
@@ -124,6 +124,21 @@ def test_train_from_toml_with_a_transcoder_and_eval(tmp_path, settings, monkeypa
     assert results["metrics/delta_ce"] is not None
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2", "bert"])
+def test_the_same_command_line_on_every_family(family, tmp_path, settings, monkeypatch, capsys):
+    """Random models of Pythia's, Llama's, Gemma's and BERT's shape."""
+    model = save_tiny(family, tmp_path / family)
+    words = ["--model.model_name", str(model), "--eval", "true", "--eval_config.total_eval_tokens", "300", "--trainer.total_training_tokens", "2048"]
+    assert run("train", write(tmp_path, settings), *words, monkeypatch=monkeypatch) == 0
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())["sae"]
+    assert results["metrics/n_tokens"] >= 300
+    assert results["metrics/l0"] == pytest.approx(4, abs=1e-6)
+    assert ("metrics/final_hidden_cosine" in results) == (family == "bert")
+    assert ("metrics/delta_ce" in results) == (family != "bert")
+    assert capsys.readouterr().out.splitlines()[-1] == f"look at it:  lm-saes show {tmp_path / 'run'}"
+    assert run("show", str(tmp_path / "run"), "--n", "1", monkeypatch=monkeypatch) == 0
+
+
 def test_evaluate_takes_a_settings_file(tmp_path, settings, monkeypatch, capsys):
     assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
     table = {
@@ -193,6 +208,15 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
         (["show", "nowhere"], "not a run's folder"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--baseline", "pcaa"], "did you mean 'pca'"),
+        (["train", "demo", "--trainer.lr"], "lr needs a number, got true"),
+        (["train", "demo", "--trainer.lr", "-1"], "greater than 0 (got -1)"),
+        (["train", "demo", "--trainer", "3"], "trainer"),
+        (["train", "."], "no config file or recipe '.'"),
+        (["train"], "lm-saes train needs CONFIG"),
+        (["show", "runs/x", "17"], "unexpected 17"),
+        (["show", "runs/x", "--n", "0"], "--n must be at least 1"),
+        (["show", "feature", "runs/x", "1", "--tokens", "-1"], "--tokens must be at least 1"),
+        (["demo", "--trainer.lr", "1", "--out"], "needs a value after --out"),
     ],
 )
 def test_bad_words_are_one_line_and_exit_2(words, message, monkeypatch, capsys, tmp_path):
@@ -211,6 +235,85 @@ def test_a_used_folder_is_refused_and_resume_is_named(tmp_path, settings, monkey
     error = capsys.readouterr().err
     assert_one_line(error)
     assert "resume" in error
+
+
+def test_a_runs_settings_are_a_settings_file(tmp_path, settings, monkeypatch):
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    words = ["train", str(tmp_path / "run/settings.json"), "--trainer.exp_result_path", str(tmp_path / "again")]
+    assert run(*words, monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "again/sae_weights.safetensors").read_bytes() == (tmp_path / "run/sae_weights.safetensors").read_bytes()
+
+
+def test_overrides_of_an_evaluation_that_do_not_exist(short_demo_run, monkeypatch, capsys):
+    for words, message in [
+        (["--trainer.lr", "1"], "--trainer"),
+        (["--eval"], "--eval without a field"),
+        (["--eval.total_eval_tokens", "-4"], "total_eval_tokens"),
+        (["--eval.total_tokens", "4"], "did you mean 'total_eval_tokens'"),
+    ]:
+        assert run("evaluate", str(short_demo_run), *words, monkeypatch=monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert_one_line(error)
+        assert message in error
+
+
+def test_nothing_but_a_run_is_ever_removed(tmp_path, settings, monkeypatch, capsys):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/settings.json").write_text('{"editor.tabSize": 4}')
+    assert run("demo", "--out", str(tmp_path / "work"), "--again", monkeypatch=monkeypatch) == 2
+    assert_one_line(capsys.readouterr().err)
+    assert (tmp_path / "work/settings.json").read_text() == '{"editor.tabSize": 4}'
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    (tmp_path / "run/notes.txt").write_text("mine")
+    commands.remove_run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_is_not_finished_says_how_to_finish_it(tmp_path, settings, monkeypatch, capsys):
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    (tmp_path / "run/config.json").unlink()
+    for words in (["show"], ["show", "feature"], ["evaluate"]):
+        capsys.readouterr()
+        assert run(*words, str(tmp_path / "run"), *(["3"] if words[-1] == "feature" else []), monkeypatch=monkeypatch) == 2
+        captured = capsys.readouterr()
+        assert_one_line(captured.err)
+        assert "--resume" in captured.err
+        assert not captured.out
+
+
+def test_a_run_whose_language_model_is_gone(tmp_path, settings, monkeypatch, capsys):
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    assert run("show", str(tmp_path / "run"), monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert str(tmp_path / "model") in error
+
+
+def test_activations_that_are_not_finite_stop_the_run_in_one_line(tmp_path, settings, monkeypatch, capsys):
+    import safetensors.torch
+
+    file = tmp_path / "model/model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    name = next(name for name in weights if name.endswith("layers.1.mlp.dense_4h_to_h.weight"))
+    weights[name][0, 0] = float("nan")
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error)
+    assert "blocks.1.hook_resid_post" in error
+    assert not (tmp_path / "run/sae_weights.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path, settings):
+    command = f"{sys.executable} -m lm_saes.cli train {write(tmp_path, settings)} | head -n 1"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert (result.returncode, result.stdout.count("\n")) == (0, 1), result.stderr
+    assert not result.stderr
+    assert (tmp_path / "run/sae_weights.safetensors").is_file()
 
 
 def test_a_feature_that_does_not_exist(short_demo_run, monkeypatch, capsys):

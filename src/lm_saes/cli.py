@@ -187,7 +187,8 @@ def _words(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or ())}; see {command} --help"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
-        return f"{command} needs {error.argument.name.lstrip('-').upper()}; see {command} --help"
+        name = error.argument.name
+        return f"{command} needs {name.lstrip('-').upper() if error.argument.required else 'a value after ' + name}; see {command} --help"
     return " ".join(str(error).split())
 
 

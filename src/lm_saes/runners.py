@@ -27,7 +27,7 @@ from lm_saes.config import (
     Settings,
     TrainSAESettings,
 )
-from lm_saes.config.base import BaseModelConfig
+from lm_saes.config.base import RUN_RECORDS, BaseModelConfig, validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError, HookPointError, RunFolderError
 from lm_saes.evaluation.evaluator import Evaluator
@@ -81,7 +81,7 @@ def train_sae(
     report("model", model)
     check_joints(settings, model)
     stream = open_stream(placed, model, settings.trainer.seed)
-    table = {"versions": versions(), **settings.as_dict()}
+    table = settings_record(settings)
     configured = _configured_loggers(settings, table)
 
     if newest is not None:
@@ -302,6 +302,12 @@ def _write(path: Path, table: dict[str, Any]) -> None:
     write_json(path, table)
 
 
+def settings_record(settings: TrainSAESettings) -> dict[str, Any]:
+    """What `settings.json` holds: the settings that were given (defaults depend on the run's length and on the machine, so they must stay
+    defaults when the file is read again), versions, and all settings as they were resolved."""
+    return {"versions": versions(), **settings.model_dump(mode="json", exclude_unset=True), "resolved": settings.as_dict()}
+
+
 def versions() -> dict[str, str]:
     """Versions that a run's results depend on."""
     from importlib.metadata import version
@@ -315,8 +321,6 @@ def settings_of_run(folder: str | Path) -> TrainSAESettings:
     Raises:
         ConfigError: the folder holds no run, or its settings are not readable.
     """
-    from lm_saes.config.base import validated
-
     path = Path(folder) / "settings.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -326,8 +330,7 @@ def settings_of_run(folder: str | Path) -> TrainSAESettings:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise ConfigError(f"{path} must hold a table of settings, got {type(table).__name__}")
-    table.pop("versions", None)
-    return validated(TrainSAESettings, table, origin=str(path))
+    return validated(TrainSAESettings, {name: value for name, value in table.items() if name not in RUN_RECORDS}, origin=str(path))
 
 
 def check_finished(folder: str | Path) -> None:

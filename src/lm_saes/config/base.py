@@ -125,6 +125,9 @@ class BaseModelConfig(BaseConfig):
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
+RUN_RECORDS = ("versions", "resolved")
+"""What a run's `settings.json` holds beside the settings that were given: versions, and all settings with the defaults that held."""
+
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The table in a TOML, YAML or JSON file. The word `none` as a value is null (TOML has no null of its own)."""
@@ -259,6 +262,6 @@ def _without_tags(location: Sequence[int | str]) -> list[int | str]:
 def load_settings(cls: type[ConfigT], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ConfigT:
     """Settings from a file (if any) with overrides laid over it: defaults < file < overrides."""
     data = read_config_file(path) if path is not None else {}
-    data.pop("versions", None)  # a run's settings.json is a settings file too
+    data = {name: value for name, value in data.items() if name not in RUN_RECORDS}  # a run's settings.json is a settings file too
     origin = str(path) if path is not None else ""
     return validated(cls, merge(data, overrides or {}), origin=f"{origin} with the command line's options" if origin and overrides else origin)
