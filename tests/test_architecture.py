@@ -1,9 +1,9 @@
 """The floors of docs/architecture.md, held by the import graph; and what may be loaded when."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,9 +110,12 @@ def test_import_is_quick():
 
 
 def test_help_is_quick():
+    """0.5 s is the promise. Counted in seconds of processor time, which a busy machine does not stretch; it never waits for anything else."""
+
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "lm_saes.cli", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.5
