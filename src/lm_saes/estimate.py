@@ -72,7 +72,7 @@ class Estimate:
         """Label and value, for printing."""
         rows = [
             ("parameters of the dictionary", f"{self.parameters:,}"),
-            ("steps", f"{self.steps:,} of {self.tokens // max(1, self.steps):,} tokens"),
+            ("steps", f"{self.steps:,}"),
             ("tokens", f"{self.tokens:,}"),
         ]
         rows += [(f"memory: {name}", size(value)) for name, value in self.memory.items()]

@@ -70,6 +70,10 @@ class SparseAutoEncoder(SparseDictionary):
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:
         return ops.decode(codes, self.W_D[latents])
 
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """`fold_activation_scale` by upstream's name."""
+        self.fold_activation_scale()
+
     def decode_coo(self, codes: Tensor) -> Float[Tensor, "N D"]:
         """`decode` of a sparse COO tensor [N, F]."""
         reconstruction = torch.sparse.mm(codes, self.W_D)
