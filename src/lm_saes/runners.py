@@ -180,6 +180,7 @@ def evaluation_stream(settings: Settings, model: LanguageModel | None, seed: int
         model_batch_size=EVALUATION_ROWS,
         buffer_size=None,
         buffer_shuffle=None,
+        max_buffer_bytes=None,
     )
     return ActivationFactory(factory).process(model=model, model_name=settings.model_name, datasets=datasets, seed=seed)
 
