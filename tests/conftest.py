@@ -1,4 +1,4 @@
-"""Tests are offline and deterministic; array shapes in annotations are checked by beartype here and nowhere else."""
+"""Tests are offline and deterministic."""
 
 from __future__ import annotations
 
