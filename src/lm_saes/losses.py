@@ -27,6 +27,8 @@ class Forward:
     codes: Codes
     """The gated h: dense [N, F], or sparse for the TopK family."""
     reconstruction: Float[Tensor, "N D"]
+    squared_error: Float[Tensor, " N"] | None = None
+    """|x^ - target|^2 of each token, where the dictionary was run with a target."""
 
 
 @runtime_checkable
@@ -91,7 +93,8 @@ def total_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) 
 
 def reconstruction_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tensor, ""]:  # noqa: ARG001  every term has this head
     """sum_d (x^ - y)^2."""
-    return masked_mean(_squared_error(inputs.forward.reconstruction, inputs.target), inputs.mask)
+    error = inputs.forward.squared_error
+    return masked_mean(_squared_error(inputs.forward.reconstruction, inputs.target) if error is None else error, inputs.mask)
 
 
 def sparsity_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) -> Float[Tensor, ""]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from lm_saes import ops
-from lm_saes.ops import Encoder, SparseCodes
+from lm_saes.ops import Encoder, SparseCodes, reference
 
 D, F = 4, 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -123,19 +123,19 @@ def test_no_gradient_flows_through_gates():
     e = encoder()._replace(gate_norm=W_D.norm(dim=1))
     h = ops.pre_activations(x, e)
     q = ops.gate_values(h, e)
-    results = [ops.topk_codes(x, e, 2).to_dense(), ops.batch_topk_codes(x, e, 2).to_dense(), ops.threshold_codes(h, q, 0.1)]
-    results.append(ops.jumprelu(h, q, torch.full((F,), 0.1, dtype=torch.float64), 1.0))
+    results = [ops.topk_codes(x, e, 2).to_dense(), ops.batch_topk_codes(x, e, 2).to_dense(), reference.gated(h, q, 0.1)]
+    results.append(reference.jumprelu(h, q, torch.full((F,), 0.1, dtype=torch.float64), 1.0))
     for codes in results:
         assert torch.autograd.grad(codes.sum(), W_D, allow_unused=True, retain_graph=True) == (None,)
 
 
-def test_threshold_codes():
+def test_gate_by_hand():
     h = torch.tensor([[-1.0, 0.0, 0.5, 2.0]], requires_grad=True)
-    codes = ops.threshold_codes(h, -h, -3.0)  # gate and sign disagree: both must hold
+    codes = reference.gated(h, -h, -3.0)  # gate and sign disagree: both must hold
     assert codes.tolist() == [[0.0, 0.0, 0.5, 2.0]]
     codes.sum().backward()
     assert h.grad.tolist() == [[0.0, 0.0, 1.0, 1.0]]
-    assert ops.threshold_codes(h, h, torch.tensor(0.5, dtype=torch.float64)).tolist() == [[0.0, 0.0, 0.0, 2.0]]
+    assert reference.gated(h, h, torch.tensor(0.5, dtype=torch.float64)).tolist() == [[0.0, 0.0, 0.0, 2.0]]
 
 
 def test_jumprelu_by_hand():
@@ -143,7 +143,7 @@ def test_jumprelu_by_hand():
     q = torch.tensor([[0.4, 0.6, 1.2, 1.6, 0.9]])
     h = torch.tensor([[0.2, 0.3, 0.6, 0.8, -0.45]], requires_grad=True)
     theta = torch.ones(5, requires_grad=True)
-    codes = ops.jumprelu(h, q, theta, 1.0)
+    codes = reference.jumprelu(h, q, theta, 1.0)
     assert codes.tolist() == [[0.0, 0.0, pytest.approx(0.6), pytest.approx(0.8), 0.0]]
     (codes * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
     assert h.grad.tolist() == [[0.0, 0.0, 3.0, 4.0, 0.0]]

@@ -1,4 +1,4 @@
-"""The sparse implementation gives what the reference gives: codes, reconstructions and every gradient."""
+"""The sparse implementation gives what the reference gives: codes, reconstructions and every gradient; with each set of kernels."""
 
 import pytest
 import torch
@@ -7,18 +7,22 @@ from hypothesis import strategies as st
 
 from lm_saes import ops
 from lm_saes.errors import ConfigError
-from lm_saes.ops import Encoder, SparseCodes, reference, sparse
+from lm_saes.ops import Encoder, SparseCodes, reference, torch_kernels
+from lm_saes.ops import sparse as sparse_module
+from lm_saes.ops.sparse import SparseOps
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}
+SELECTIONS = ["topk", "batchtopk", "relu", "threshold", "jumprelu"]
+sparse = SparseOps(torch_kernels, largest_density=1.0)  # never dense
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
     """Several blocks in a small batch, the last one not full, and a sample that is not the whole batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "ROWS_AT_ONCE", 4)
-        patch.setattr(sparse, "SAMPLED_ROWS", 3)
+        patch.setattr(sparse_module, "ROWS_AT_ONCE", 4)
+        patch.setattr(sparse_module, "SAMPLED_ROWS", 3)
         yield
 
 
@@ -35,50 +39,92 @@ def problem(N, D, F, glu, norm, seed, dtype=torch.float64):
     return x, W_D, Encoder(random(g, D, F, dtype=dtype), random(g, F, dtype=dtype), *glu_parts, gate_norm)
 
 
-def outcome(module, select, x, W_D, encoder, k, mask):
-    """Dense codes, reconstruction and all gradients of a loss that depends on both, by name."""
-    codes = module.topk_codes(x, encoder, k) if select == "topk" else module.batch_topk_codes(x, encoder, k, mask)
-    output = module.decode(codes, W_D)
-    dense = codes.to_dense()
-    weights = torch.linspace(-1, 2, dense.numel(), dtype=dense.dtype).view_as(dense)
-    loss = output.square().sum() + (dense * weights).sum()
+def select_codes(run, select, x, encoder, k, mask, theta):
+    """Codes by the name of the selection; k sets the level of the thresholds."""
+    match select:
+        case "topk":
+            return run.topk_codes(x, encoder, k)
+        case "batchtopk":
+            return run.batch_topk_codes(x, encoder, k, mask)
+        case "relu":
+            return run.threshold_codes(x, encoder, 0.0)
+        case "threshold":
+            return run.threshold_codes(x, encoder, torch.tensor(0.3 * k, dtype=torch.float64))
+        case _:
+            return run.jumprelu_codes(x, encoder, theta, 0.25 * (k + 1))
+
+
+def outcome(run, select, x, W_D, encoder, k, mask, fused=False):
+    """Dense codes, reconstruction and all gradients of a loss that depends on codes and reconstruction, by name."""
+    g = torch.Generator().manual_seed(5)
+    F, D = W_D.shape
+    theta = (torch.rand(F, generator=g, dtype=torch.float64) * k).to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+    b_D, target = random(g, D, dtype=x.dtype), random(g, len(x), D, dtype=x.dtype)
+    codes = select_codes(run, select, x, encoder, k, mask, theta)
+    if fused:
+        output, error = run.reconstruct(codes, W_D, b_D, target)
+        weighted = error @ torch.linspace(0.5, 2, len(x), dtype=error.dtype)
+        loss = weighted + (output.float().tanh().sum() if fused == "both" else 0)
+    else:
+        output = run.decode(codes, W_D)
+        loss = output.square().sum()
+    dense = ops.to_dense(codes)
+    if not fused:  # penalties on the codes: where they are stored is where they have gradient in all forms
+        weights = torch.linspace(-1, 2, W_D.shape[0], dtype=dense.dtype)
+        loss = loss + ops.row_sums(ops.scale_latents(codes, weights)).sum() if select == "jumprelu" else loss + (dense * weights).sum()
     inputs = {"x": x, "W_D": W_D, "W": encoder.W, "b": encoder.b, "W_glu": encoder.W_glu, "b_glu": encoder.b_glu}
+    inputs |= {"theta": theta} if select == "jumprelu" else {}
+    inputs |= {"b_D": b_D, "target": target} if fused else {}
     inputs = {name: part for name, part in inputs.items() if part is not None}
     gradients = torch.autograd.grad(loss, list(inputs.values()))
     return {"codes": dense, "output": output, **dict(zip(inputs, gradients, strict=True))}
 
 
-def check_agreement(select, x, W_D, encoder, k, mask, **tolerance):
-    expected = outcome(reference, select, x, W_D, encoder, k, mask)
-    got = outcome(sparse, select, x, W_D, encoder, k, mask)
+def check_agreement(select, x, W_D, encoder, k, mask, fused=False, run=sparse, **tolerance):
+    expected = outcome(reference, select, x, W_D, encoder, k, mask, fused)
+    got = outcome(run, select, x, W_D, encoder, k, mask, fused)
     for name, value in expected.items():
         scale = value.detach().abs().max().clamp(min=1) if value.numel() else 1  # relative to the largest entry: single ones may cancel
         torch.testing.assert_close(got[name] / scale, value / scale, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("select", ["topk", "batchtopk"])
+@pytest.mark.parametrize("fused", [False, True, "both"])
+@pytest.mark.parametrize("select", SELECTIONS)
 @quick
 @given(st.data())
-def test_codes_and_gradients_agree(select, data):
+def test_codes_and_gradients_agree(select, fused, data):
     N, D, F = data.draw(st.integers(0, 11)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
     k = data.draw(st.integers(0, F + 1))
     glu, norm, seed = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(0, 1000))
     mask = data.draw(st.none() | st.lists(st.booleans(), min_size=N, max_size=N).map(lambda kept: torch.tensor(kept, dtype=torch.bool)))
-    check_agreement(select, *problem(N, D, F, glu, norm, seed), k, mask, **DOUBLE)
+    check_agreement(select, *problem(N, D, F, glu, norm, seed), k, mask, fused, **DOUBLE)
 
 
-@pytest.mark.parametrize("select", ["topk", "batchtopk"])
+@pytest.mark.parametrize("fused", [False, True, "both"])
+@pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("glu", [False, True])
-def test_float32_agrees(select, glu):
+def test_float32_agrees(select, glu, fused):
     mask = torch.arange(70) % 5 != 0
-    check_agreement(select, *problem(70, 32, 128, glu, True, 0, torch.float32), 8, mask, rtol=1e-5, atol=1e-5)
+    check_agreement(select, *problem(70, 32, 128, glu, True, 0, torch.float32), 8, mask, fused, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["relu", "threshold", "jumprelu"])
+@pytest.mark.parametrize("bias", [0.0, -4.0])
+def test_codes_are_sparse_where_few_latents_fire(select, bias):
+    """The form follows the number of entries of some rows; the numbers are those of the reference either way."""
+    run = SparseOps(torch_kernels, largest_density=0.1)
+    x, W_D, encoder = problem(50, 8, 64, False, False, 1)
+    encoder = encoder._replace(b=torch.full((64,), bias, dtype=torch.float64, requires_grad=True))
+    codes = select_codes(run, select, x, encoder, 1, None, torch.full((64,), 0.5, dtype=torch.float64))
+    assert isinstance(codes, SparseCodes) == (bias < 0)
+    check_agreement(select, x, W_D, encoder, 1, None, run=run, **DOUBLE)
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
 @pytest.mark.parametrize("share", [(1.25, 4.0), (0.3, 0.5), (0.3,), ()])
 def test_batch_topk_is_exact_however_wrong_the_guess(monkeypatch, scale, share):
     """Rows of very different size, sampled at the large ones (every fifth): the guess is far too high, and the search has to widen."""
-    monkeypatch.setattr(sparse, "CANDIDATES", share)
+    monkeypatch.setattr(sparse_module, "CANDIDATES", share)
     x, W_D, encoder = problem(20, 4, 30, False, True, 3)
     factors = torch.where(torch.arange(20) % 5 == 0, scale, 1.0).double()[:, None]
     check_agreement("batchtopk", (x * factors).detach().requires_grad_(), W_D, encoder, 4, None, **DOUBLE)
@@ -86,19 +132,19 @@ def test_batch_topk_is_exact_however_wrong_the_guess(monkeypatch, scale, share):
 
 def test_batch_topk_finds_its_candidates_by_the_guess(monkeypatch):
     """Even rows need one look, and few candidates."""
-    monkeypatch.setattr(sparse, "ROWS_AT_ONCE", 64)
-    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 128)
-    looks, entries_above = [], sparse._entries_above
+    monkeypatch.setattr(sparse_module, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(sparse_module, "SAMPLED_ROWS", 128)
+    looks, entries_above = [], SparseOps._entries_above
 
     def counting(*arguments):
         looks.append(entries_above(*arguments))
         return looks[-1]
 
-    monkeypatch.setattr(sparse, "_entries_above", counting)
+    monkeypatch.setattr(SparseOps, "_entries_above", counting)
     x, _, encoder = problem(400, 8, 200, False, False, 4)
     sparse.batch_topk_codes(x, encoder, 10)
     assert len(looks) == 1
-    assert 4000 <= looks[0][0].numel() < 8000
+    assert 4000 <= looks[0].q.numel() < 8000
 
 
 @st.composite
@@ -177,7 +223,7 @@ def test_half_precision_is_as_good_as_the_references(select, weights):
     for name, value in mine.items():
         assert value.dtype == theirs[name].dtype
         errors = [(v.double() - truth[name]).norm() / truth[name].norm() for v in (value, theirs[name])]
-        assert errors[0] < 1.2 * errors[1], name
+        assert errors[0] < 1.5 * errors[1], name
 
 
 def test_autocast_is_not_left_with_weights_that_have_no_gradient():
@@ -208,11 +254,20 @@ def test_nothing_of_the_size_of_dense_codes_is_kept():
     assert max(saved) <= W_D.numel() < 64 * 256
 
 
+def test_entries_are_sorted_once():
+    x, W_D, encoder = problem(8, 3, 9, False, True, 0)
+    codes = sparse.topk_codes(x, encoder, 2)
+    _, error = sparse.reconstruct(ops.map_codes(codes, torch.clone), W_D, None, x.detach())
+    error.sum().backward()
+    assert codes.pattern.by_latent is not None
+    assert torch.equal(codes.indices[codes.pattern.by_latent.order], codes.indices.sort(stable=True).values)
+
+
 def test_choosing(monkeypatch):
     x, W_D, encoder = problem(6, 3, 5, False, False, 0)
     ran = []
-    for module in (reference, sparse):
-        monkeypatch.setattr(module, "topk_codes", lambda *_, name=module.__name__: ran.append(name.rpartition(".")[2]))
+    monkeypatch.setattr(reference, "topk_codes", lambda *_: ran.append("reference"))
+    monkeypatch.setattr(SparseOps, "topk_codes", lambda *_: ran.append("sparse"))
     monkeypatch.delenv("LM_SAES_OPS", raising=False)
     assert "sparse on CPUs" in ops.explain()
     assert "LM_SAES_OPS is not set" in ops.explain()

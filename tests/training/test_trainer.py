@@ -281,6 +281,7 @@ def test_a_bad_loss_term_is_named(trainer_config):
 
 
 def test_between_log_steps_the_host_reads_only_whether_all_is_finite(trainer_config, monkeypatch):
+    monkeypatch.setenv("LM_SAES_OPS", "reference")  # as on a GPU; sparse codes of JumpReLU have as many entries as there happen to be
     options = {"sparsity_loss_type": "tanh", "target_l0": 5.0, "lr_warm_up_steps": 0, "l1_coefficient_warmup_steps": 0, "clip_grad_norm": 1.0}
     step = one_step(make_dictionary("jumprelu"), trainer_config(10, lp_coefficient=1e-3, **options))
     batch = {HOOK: SyntheticStream().activations(0), "mask": torch.ones(64, dtype=torch.bool)}

@@ -1,6 +1,6 @@
 """The sparsifiers: one small module each, all gating on q = h * ||W_D row|| (or h) and giving the gated h.
 
-A code is never scaled by the norm. ReLU and JumpReLU give dense codes; TopK, and BatchTopK in training, give sparse ones.
+A code is never scaled by the norm. TopK, and BatchTopK in training, give sparse codes; the others what `ops` finds faster.
 """
 
 # ruff: noqa: ARG002  every sparsifier is called alike, with k and mask that some have no use for
@@ -58,12 +58,11 @@ class ReLU(ActivationFunction):
     """h where q > 0."""
 
     def forward(self, x: Tensor, encoder: Encoder, k: int, mask: Tensor | None = None) -> Codes:
-        h = ops.pre_activations(x, encoder)
-        return ops.threshold_codes(h, ops.gate_values(h.detach(), encoder), 0.0)
+        return ops.threshold_codes(x, encoder, 0.0)
 
 
 class JumpReLU(ActivationFunction):
-    """h where q > theta, theta = exp(log_jumprelu_threshold) for each latent, learned by a straight-through gradient (`ops.jumprelu`).
+    """h where q > theta, theta = exp(log_jumprelu_threshold) for each latent, learned by a straight-through gradient (`ops.jumprelu_codes`).
 
     The logarithm stays in float32 (or float64) whatever the dictionary's data type.
     """
@@ -82,8 +81,7 @@ class JumpReLU(ActivationFunction):
         return {"metrics/mean_jumprelu_threshold": self.learned_threshold().mean()}
 
     def forward(self, x: Tensor, encoder: Encoder, k: int, mask: Tensor | None = None) -> Codes:
-        h = ops.pre_activations(x, encoder)
-        return ops.jumprelu(h, ops.gate_values(h.detach(), encoder), self.learned_threshold(), self.window)
+        return ops.jumprelu_codes(x, encoder, self.learned_threshold(), self.window)
 
     @torch.no_grad()
     def rescale_gate_(self, factor: float | Tensor) -> None:
@@ -122,8 +120,7 @@ class BatchTopK(ActivationFunction):
     def forward(self, x: Tensor, encoder: Encoder, k: int, mask: Tensor | None = None) -> Codes:
         if self.training:
             return ops.batch_topk_codes(x, encoder, k, mask)
-        h = ops.pre_activations(x, encoder)
-        return ops.threshold_codes(h, ops.gate_values(h.detach(), encoder), self.threshold)
+        return ops.threshold_codes(x, encoder, self.threshold)
 
     @torch.no_grad()
     def update_statistics(self, codes: Codes, encoder: Encoder) -> None:

@@ -67,6 +67,9 @@ class SparseAutoEncoder(SparseDictionary):
             reconstruction = ops.decode(codes.reshape(-1, codes.shape[-1]), self.W_D).view(*codes.shape[:-1], -1)
         return reconstruction if self.b_D is None else reconstruction + self.b_D
 
+    def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+        return ops.reconstruct(codes, self.W_D, self.b_D, target)
+
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:
         return ops.decode(codes, self.W_D[latents])
 

@@ -61,6 +61,10 @@ class SparseDictionary(ActivationSpace):
         """The reconstruction, b_D included, of codes [..., F] or of sparse codes."""
 
     @abstractmethod
+    def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+        """The reconstruction, and its squared distance from the target for each token, in float32 or wider."""
+
+    @abstractmethod
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:
         """The sum of decoder rows without b_D, for codes [N, M] over some latents only."""
 
@@ -87,15 +91,22 @@ class SparseDictionary(ActivationSpace):
 
     # ------------------------------------------------------------------------------------------- own space
 
-    def run(self, x: Float[Tensor, "N D"], k: int | None = None, mask: Bool[Tensor, " N"] | None = None) -> Forward:
+    def run(
+        self,
+        x: Float[Tensor, "N D"],
+        k: int | None = None,
+        mask: Bool[Tensor, " N"] | None = None,
+        target: Float[Tensor, "N D"] | None = None,
+    ) -> Forward:
         """Codes and reconstruction of N tokens, with sparse codes where the activation function selects.
 
         Args:
             k: k of the TopK family; None is `current_k`. In eval mode BatchTopK gates by its threshold instead.
             mask: tokens that BatchTopK selects over in training; the others get empty codes.
+            target: what is to be reconstructed; with it the squared error is made along with the reconstruction, which is faster.
         """
         codes = self.activation_function(x.to(self.dtype), self.encoder(), self.current_k if k is None else k, mask)
-        return Forward(codes, self.decode(codes))
+        return Forward(codes, self.decode(codes)) if target is None else Forward(codes, *self.decode_against(codes, target))
 
     @overload
     def encode(self, x: Tensor, return_hidden_pre: Literal[False] = False, k: int | None = None) -> Tensor: ...
@@ -193,7 +204,7 @@ class SparseDictionary(ActivationSpace):
             the loss, or with `return_aux_data` (loss, {"losses": weighted terms by name, "forward", "x", "target", "mask", "dead"}).
         """
         x, target, mask = _rows(self.prepare_input(batch)), _rows(self.prepare_label(batch)), _row_mask(batch)
-        forward = self.run(x, mask=mask)
+        forward = self.run(x, mask=mask, target=target)
         dead = None if update_dead_statistics is None else update_dead_statistics(forward.codes, mask)
         weights = losses.LossWeights(
             sparsity_loss_type=sparsity_loss_type,

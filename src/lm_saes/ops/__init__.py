@@ -11,22 +11,23 @@ includes it). All comparisons are made in float32 or wider, also under autocast.
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from typing import Any
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.ops import reference, sparse
+from lm_saes.ops import reference, torch_kernels
 from lm_saes.ops.reference import Encoder
+from lm_saes.ops.sparse import SparseOps
 from lm_saes.ops.sparse_codes import Codes, SparseCodes, at_least_float32, counts, entries, latent_sums, map_codes, row_sums, scale_latents, to_dense
 
 ENVIRONMENT_VARIABLE = "LM_SAES_OPS"
-_IMPLEMENTATIONS = {"reference": reference, "sparse": sparse}
+_IMPLEMENTATIONS = {"reference": reference, "sparse": SparseOps(torch_kernels, largest_density=0.09)}
 _FASTEST_ON_CPU, _FASTEST_ELSEWHERE = "sparse", "reference"
 
 
-def _implementation(tensor: Tensor) -> ModuleType:
+def _implementation(tensor: Tensor) -> Any:
     return _IMPLEMENTATIONS[_chosen(tensor.device.type)]
 
 
@@ -78,18 +79,21 @@ def batch_topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bo
     return _implementation(x).batch_topk_codes(x, encoder, k, mask)
 
 
-def threshold_codes(h: Float[Tensor, "N F"], q: Float[Tensor, "N F"], threshold: Tensor | float) -> Float[Tensor, "N F"]:
-    """h where q > threshold and h > 0, else 0. Gradient to h is that mask; none flows to q or the threshold."""
-    return _implementation(h).threshold_codes(h, q, threshold)
+def threshold_codes(x: Float[Tensor, "N D"], encoder: Encoder, threshold: Tensor | float) -> Codes:
+    """h where q > threshold (a number, or one for each latent) and h > 0, else 0; threshold 0 is ReLU.
+
+    Gradient to h is that mask; none flows to q or the threshold.
+    """
+    return _implementation(x).threshold_codes(x, encoder, threshold)
 
 
-def jumprelu(h: Float[Tensor, "N F"], q: Float[Tensor, "N F"], threshold: Float[Tensor, " F"], window: float) -> Float[Tensor, "N F"]:
+def jumprelu_codes(x: Float[Tensor, "N D"], encoder: Encoder, threshold: Float[Tensor, " F"], window: float) -> Codes:
     """JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): `threshold_codes` with a straight-through gradient to the threshold.
 
     With c the code, theta the threshold and eps the full width of the window:
     dc/dh = 1[q > theta and h > 0];  dc/dtheta = -(theta / eps) 1[|q - theta| < eps / 2] 1[h > 0];  dc/dq = 0.
     """
-    return _implementation(h).jumprelu(h, q, threshold, window)
+    return _implementation(x).jumprelu_codes(x, encoder, threshold, window)
 
 
 def decode(codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
@@ -97,8 +101,15 @@ def decode(codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
     return _implementation(W_D).decode(codes, W_D)
 
 
+def reconstruct(
+    codes: Codes, W_D: Float[Tensor, "F D"], b_D: Float[Tensor, " D"] | None, target: Float[Tensor, "N D"]
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+    """x^ = codes @ W_D + b_D, and the squared error |x^ - target|^2 of each token in float32 or wider; both differentiable."""
+    return _implementation(W_D).reconstruct(codes, W_D, b_D, target)
+
+
 __all__ = [
     "ENVIRONMENT_VARIABLE", "Codes", "Encoder", "SparseCodes", "at_least_float32", "batch_topk_codes", "counts", "decode", "entries", "explain",
-    "gate_values", "jumprelu", "latent_sums", "map_codes", "pre_activations", "row_sums", "scale_latents", "threshold_codes", "to_dense",
+    "gate_values", "jumprelu_codes", "latent_sums", "map_codes", "pre_activations", "reconstruct", "row_sums", "scale_latents", "threshold_codes", "to_dense",
     "topk_codes",
 ]  # fmt: skip

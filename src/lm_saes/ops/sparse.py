@@ -1,8 +1,11 @@
-"""Selection, decoding and their gradients in plain torch, without the dense codes: [N, F] is never in memory.
+"""Selection, decoding and their gradients without the dense codes: [N, F] is never in memory.
 
-Forward, the encoder product is made for blocks of rows in one buffer, and only what is selected leaves it. Backward, everything
-comes down to one operation, rows of a matrix gathered and summed with weights (`embedding_bag`): over the entries of each token for
-decoding and dX, over the entries of each latent (a sort of the entries by latent) for dW_E and dW_D. There is no [nnz, D] temporary.
+Forward, the encoder product is made for blocks of rows in one buffer, and only what is selected leaves it. Backward, everything comes
+from the entries of the codes. This file has the blocks and the gradients; the work on entries is done by kernels, of which there are
+two sets with the same functions: `torch_kernels` for every device and data type, `native` (C++) for float32 on a CPU.
+
+ReLU, JumpReLU and thresholds have no fixed number of entries: where some sampled rows show that there are many, the codes are made
+dense, by the reference.
 
 Sums of gradients are made in float32 or wider, also under autocast. Differs from the reference only by rounding, hence in the
 selection only where gate values lie within a few ulp.
@@ -11,77 +14,157 @@ selection only where gate values lie within a few ulp.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
 from lm_saes.ops import reference
 from lm_saes.ops.reference import Encoder
-from lm_saes.ops.sparse_codes import Codes, SparseCodes, at_least_float32
+from lm_saes.ops.sparse_codes import ByLatent, Codes, Pattern, SparseCodes, at_least_float32
 
 ROWS_AT_ONCE = 1024
 """Tokens per encoder product: large enough for the product to run at full speed, 24 MB at 6144 latents."""
 SAMPLED_ROWS = 128
-"""Tokens (or one in 32, if that is more) from which BatchTopK guesses how small a gate value may be and still be selected."""
+"""Tokens (or one in 32, if that is more) from which the number of entries, or BatchTopK's smallest gate value, is guessed."""
 CANDIDATES = (1.25, 4.0)
 """BatchTopK first looks at so many candidates for each entry it needs, by the guess; then at all positive gate values."""
 
-# What does not change by computing it otherwise.
-pre_activations = reference.pre_activations
-gate_values = reference.gate_values
-threshold_codes = reference.threshold_codes
-jumprelu = reference.jumprelu
 
+@dataclass(frozen=True)
+class SparseOps:
+    """The operations of `lm_saes.ops` on top of one set of kernels."""
 
-def topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> SparseCodes:
-    n_rows, n_latents = x.shape[0], encoder.W.shape[1]
-    k = min(k, n_latents)
-    pieces = []
-    with torch.no_grad():
+    kernels: ModuleType
+    largest_density: float
+    """Share of the latents that fire, above which dense codes are faster."""
+
+    # What does not change by computing it otherwise.
+    pre_activations = staticmethod(reference.pre_activations)
+    gate_values = staticmethod(reference.gate_values)
+
+    def topk_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> SparseCodes:
+        n_rows, n_latents = x.shape[0], encoder.W.shape[1]
+        k = min(k, n_latents)
+        pieces = []
+        with torch.no_grad():
+            for block in _blocks(x, encoder):
+                values, indices = self.kernels.topk(block.h, block.gate_norm, k)
+                pieces.append([values, indices, *(factor.gather(1, indices) for factor in block.factors)])
+            values, indices, *factors = (torch.cat(piece).flatten() for piece in zip(*pieces, strict=True))
+            offsets = torch.arange(n_rows + 1, device=x.device) * k
+        return self._differentiable(x, encoder, SparseCodes(values, indices, offsets, n_latents), factors)
+
+    def batch_topk_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bool[Tensor, " N"] | None = None) -> SparseCodes:
+        n_latents = encoder.W.shape[1]
+        with torch.no_grad():
+            kept = None if mask is None else mask.nonzero().flatten()
+            x_kept = x if kept is None or len(kept) == len(x) else x[kept]
+            needed = min(k, n_latents) * len(x_kept)
+            found = self._candidates(x_kept, encoder, needed)
+            if found.q.numel() > needed:
+                found = found.at(_largest(found.q, needed))
+            counts = found.counts if kept is None else found.counts.new_zeros(len(x)).index_copy(0, kept, found.counts)
+        return self._differentiable(x, encoder, SparseCodes(found.h, found.indices, _offsets(counts), n_latents), found.factors)
+
+    def threshold_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, threshold: Tensor | float) -> Codes:
+        with torch.no_grad():
+            found = self._entries_if_few(x, encoder, threshold)
+        if found is None:
+            return reference.threshold_codes(x, encoder, threshold)
+        return self._differentiable(x, encoder, SparseCodes(found.h, found.indices, _offsets(found.counts), encoder.W.shape[1]), found.factors)
+
+    def jumprelu_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, threshold: Float[Tensor, " F"], window: float) -> Codes:
+        # What lies in the window but does not fire is an entry too: a zero, with gradient to the threshold.
+        with torch.no_grad():
+            found = self._entries_if_few(x, encoder, threshold - window / 2)
+        if found is None:
+            return reference.jumprelu_codes(x, encoder, threshold, window)
+        candidates = SparseCodes(found.h, found.indices, _offsets(found.counts), encoder.W.shape[1])
+        candidates = self._differentiable(x, encoder, candidates, found.factors)
+        return candidates.with_values(reference.jumprelu(candidates.values, found.q, threshold[found.indices], window))
+
+    def decode(self, codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
+        if not isinstance(codes, SparseCodes):
+            return reference.decode(codes, W_D)
+        return _Decode.apply(self, codes.pattern, codes.values.to(W_D.dtype), W_D)  # pyright: ignore[reportReturnType]
+
+    def reconstruct(
+        self, codes: Codes, W_D: Float[Tensor, "F D"], b_D: Float[Tensor, " D"] | None, target: Float[Tensor, "N D"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+        if not isinstance(codes, SparseCodes):
+            return reference.reconstruct(codes, W_D, b_D, target)
+        return _Reconstruct.apply(self, codes.pattern, codes.values.to(W_D.dtype), W_D, b_D, target)  # pyright: ignore[reportReturnType]
+
+    # ---------------------------------------------------------------------------------------------------- entries
+
+    def _candidates(self, x: Tensor, encoder: Encoder, needed: int) -> _Found:
+        """All entries that could be among the `needed` ones of largest q > 0, and some more."""
+        for share in CANDIDATES:
+            floor = _guess_floor(x, encoder, share * needed / max(len(x), 1))
+            found = self._entries_above(x, encoder, floor)
+            if found.q.numel() >= needed or not floor > 0:
+                return found
+        return self._entries_above(x, encoder, 0.0)
+
+    def _entries_if_few(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> _Found | None:
+        sample = self._entries_above(_sampled(x), encoder, floor)
+        if sample.q.numel() > self.largest_density * sample.counts.numel() * encoder.W.shape[1]:
+            return None
+        return self._entries_above(x, encoder, floor)
+
+    def _entries_above(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> _Found:
+        """All entries with q > floor and h > 0."""
+        pieces = []
         for block in _blocks(x, encoder):
-            gate, indices = block.q.topk(k, dim=-1, sorted=False)
-            values = torch.where(gate > 0, block.h.gather(1, indices), 0.0)
-            pieces.append([indices, values, *(factor.gather(1, indices) for factor in block.factors)])
-        indices, values, *factors = (torch.cat(piece).flatten() for piece in zip(*pieces, strict=True))
-        offsets = torch.arange(n_rows + 1, device=x.device) * k
-    return _differentiable(x, encoder, SparseCodes(values, indices, offsets, n_latents), factors)
+            counts, indices, h, q = self.kernels.above(block.h, block.gate_norm, floor)
+            rows = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(indices)) if block.factors else None
+            pieces.append([counts, indices, h, q, *(factor[rows, indices] for factor in block.factors)])
+        counts, indices, h, q, *factors = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        return _Found(counts, indices, h, q, factors)
+
+    # -------------------------------------------------------------------------------------------------- gradients
+
+    def by_latent(self, pattern: Pattern) -> ByLatent:
+        """The entries in the order of their latents; sorted once for each pattern."""
+        entries = pattern.by_latent
+        if entries is None:
+            entries = pattern.by_latent = self.kernels.by_latent(pattern)
+        return entries
+
+    def _differentiable(self, x: Tensor, encoder: Encoder, codes: SparseCodes, factors: list[Tensor]) -> SparseCodes:
+        """The codes, their values differentiable in x and the weights of the encoder."""
+        parts = (x, encoder.W, encoder.b, encoder.W_glu, encoder.b_glu)
+        return codes.with_values(_Selected.apply(self, codes.pattern, codes.values, *parts, *factors))  # pyright: ignore[reportArgumentType]
 
 
-def batch_topk_codes(x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bool[Tensor, " N"] | None = None) -> SparseCodes:
-    n_rows, n_latents = x.shape[0], encoder.W.shape[1]
-    with torch.no_grad():
-        kept = torch.arange(n_rows, device=x.device) if mask is None else mask.nonzero().flatten()
-        x_kept = x if len(kept) == n_rows else x[kept]
-        per_row = min(k, n_latents)
-        gate, where, values, *factors = _candidates(x_kept, encoder, per_row)
-        if gate.numel() > len(kept) * per_row:
-            best = gate.topk(len(kept) * per_row, sorted=False).indices.sort().values  # by token, then latent
-            where, values, *factors = (entry[best] for entry in (where, values, *factors))
-        counts = torch.bincount(kept[where // n_latents], minlength=n_rows)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return _differentiable(x, encoder, SparseCodes(values, where % n_latents, offsets, n_latents), factors)
+class _Found(NamedTuple):
+    """Entries of some rows, by row, then latent."""
 
+    counts: Tensor
+    """[N], entries of each row."""
+    indices: Tensor
+    h: Tensor
+    q: Tensor
+    factors: list[Tensor]
+    """For a gated linear unit what h is the product of."""
 
-def decode(codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
-    if not isinstance(codes, SparseCodes):
-        return reference.decode(codes, W_D)
-    # embedding_bag's own gradient to the codes is fast, that to the matrix is slow and comes from _DecoderGradient.
-    values = codes.values.to(W_D.dtype)
-    product = _gather_sum(codes.indices, codes.offsets, values, W_D.detach())
-    return _DecoderGradient.apply(product, W_D, values.detach(), codes.indices, codes.offsets)  # pyright: ignore[reportReturnType]
+    def at(self, chosen: Tensor) -> _Found:
+        """Some of the entries, by their places in ascending order."""
+        ends = torch.searchsorted(chosen, self.counts.cumsum(0))
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        return _Found(counts, self.indices[chosen], self.h[chosen], self.q[chosen], [factor[chosen] for factor in self.factors])
 
 
 class _Block(NamedTuple):
     """Some rows of the encoder product. The tensors are buffers: they hold until the next block."""
 
-    start: int
-    """The first row."""
     h: Float[Tensor, "n F"]
-    q: Float[Tensor, "n F"]
+    gate_norm: Float[Tensor, " F"] | None
     factors: tuple[Tensor, ...]
     """For a gated linear unit what h is the product of: the linear part and the sigmoid, [n, F] each."""
 
@@ -104,8 +187,7 @@ def _blocks(x: Tensor, encoder: Encoder) -> Iterator[_Block]:
     x, (W, b, W_glu, b_glu, gate_norm) = _as_autocast(x, encoder)
     shape = min(len(x), ROWS_AT_ONCE), W.shape[1]
     buffers = [x.new_empty(shape) for _ in range(1 if W_glu is None else 3)]
-    gate_norm = None if gate_norm is None else at_least_float32(gate_norm)
-    gates = None if gate_norm is None else x.new_empty(shape, dtype=torch.promote_types(x.dtype, gate_norm.dtype))
+    gate_norm = None if gate_norm is None else at_least_float32(gate_norm.detach())
     for start in range(0, max(len(x), 1), ROWS_AT_ONCE):
         rows = x[start : start + ROWS_AT_ONCE]
         n = len(rows)
@@ -114,84 +196,87 @@ def _blocks(x: Tensor, encoder: Encoder) -> Iterator[_Block]:
             if W_glu is not None and b_glu is not None:
                 factors = h, torch.addmm(b_glu, rows, W_glu, out=buffers[1][:n]).sigmoid_()
                 h = torch.mul(*factors, out=buffers[2][:n])
-            q = at_least_float32(h) if gate_norm is None or gates is None else torch.mul(h, gate_norm, out=gates[:n])
-        yield _Block(start, h, q, factors)
+        yield _Block(h, gate_norm, factors)
 
 
-def _candidates(x: Tensor, encoder: Encoder, per_row: int) -> list[Tensor]:
-    """All entries that could be among the `per_row * len(x)` of largest q > 0, and some more: q, row * F + latent, h, and the factors of h."""
-    for share in CANDIDATES:
-        floor = _guess_floor(x, encoder, per_row, share)
-        found = _entries_above(x, encoder, floor)
-        if found[0].numel() >= per_row * len(x) or not floor > 0:
-            return found
-    return _entries_above(x, encoder, 0.0)
+def _sampled(x: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:
+    """Some evenly spaced rows."""
+    return x[:: max(1, len(x) // max(SAMPLED_ROWS, len(x) // 32))]
 
 
-def _guess_floor(x: Tensor, encoder: Encoder, per_row: int, share: float) -> float:
-    """The gate value above which `share * per_row` latents lie on each of some evenly spaced tokens, on average; at least 0."""
-    sample = x[:: max(1, len(x) // max(SAMPLED_ROWS, len(x) // 32))]
-    q = torch.cat([block.q.flatten() for block in _blocks(sample, encoder)])
-    rank = int(share * per_row * len(sample))
+def _guess_floor(x: Tensor, encoder: Encoder, per_row: float) -> float:
+    """The gate value above which `per_row` latents lie on each of the sampled rows, on average; at least 0."""
+    sample = _sampled(x)
+    q = torch.cat([reference.gate_values(block.h, encoder).flatten() for block in _blocks(sample, encoder)])
+    rank = int(per_row * len(sample))
     return float(q.topk(rank, sorted=False).values.min().clamp(min=0)) if 0 < rank < q.numel() else 0.0
 
 
-def _entries_above(x: Tensor, encoder: Encoder, floor: float) -> list[Tensor]:
-    pieces = []
-    for block in _blocks(x, encoder):
-        where = (block.q > floor).flatten().nonzero().flatten()
-        entries = (part.flatten()[where] for part in (block.q, block.h, *block.factors))
-        gate, *rest = entries
-        pieces.append([gate, where + block.start * block.q.shape[1], *rest])
-    return [torch.cat(piece) for piece in zip(*pieces, strict=True)]
+def _largest(q: Float[Tensor, " m"], n: int) -> Tensor:
+    """The places of the n largest, in ascending order."""
+    return q.topk(n, sorted=False).indices.sort().values
 
 
-def _gather_sum(indices: Tensor, offsets: Tensor, weights: Tensor, matrix: Float[Tensor, "R D"]) -> Float[Tensor, "bags D"]:
-    """For each bag of entries the sum of the matrix rows that they name, each times its weight."""
-    return embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-class _ByLatent:
-    """The entries of sparse codes, sorted by latent: what the gradient of a weight matrix sums over."""
-
-    def __init__(self, indices: Int64[Tensor, " nnz"], rows: Int64[Tensor, " nnz"], n_latents: int) -> None:
-        self.order = indices.sort(stable=True).indices
-        self.rows = rows[self.order]
-        counts = torch.bincount(indices, minlength=n_latents)
-        self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-    def sums(self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "N D"]) -> Float[Tensor, "F D"]:
-        """codes^T @ matrix, in float32 or wider."""
-        matrix = at_least_float32(matrix)
-        return _gather_sum(self.rows, self.offsets, values.to(matrix.dtype)[self.order], matrix)
-
-
-class _DecoderGradient(torch.autograd.Function):
-    """The identity on a product codes @ W_D that is constant in W_D; backward adds the gradient dW_D = codes^T @ gradient."""
+class _Decode(torch.autograd.Function):
+    """codes @ W_D."""
 
     @staticmethod
-    def forward(ctx, product: Tensor, W_D: Tensor, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, offsets)
-        ctx.n_latents, ctx.dtype = W_D.shape[0], W_D.dtype
-        return product.view_as(product)
+    def forward(ctx, run: SparseOps, pattern: Pattern, values: Tensor, W_D: Tensor) -> Tensor:
+        ctx.run, ctx.pattern = run, pattern
+        ctx.save_for_backward(values, W_D)
+        return run.kernels.gather_sum(pattern, values, W_D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
-        to_weight = None
-        if ctx.needs_input_grad[1]:
-            values, indices, offsets = ctx.saved_tensors
-            rows = SparseCodes(values, indices, offsets, ctx.n_latents).rows
-            to_weight = _ByLatent(indices, rows, ctx.n_latents).sums(values, gradient).to(ctx.dtype)
-        return gradient, to_weight, None, None, None
+        values, W_D = ctx.saved_tensors
+        kernels, to_values, to_weight = ctx.run.kernels, None, None
+        if ctx.needs_input_grad[2]:
+            to_values = kernels.entry_dots(ctx.pattern, gradient.contiguous(), W_D).to(values.dtype)
+        if ctx.needs_input_grad[3]:
+            to_weight = kernels.latent_sums(ctx.run.by_latent(ctx.pattern), values, gradient.contiguous(), transposed=False).to(W_D.dtype)
+        return None, None, to_values, to_weight
 
 
-def _differentiable(x: Tensor, encoder: Encoder, codes: SparseCodes, factors: list[Tensor]) -> SparseCodes:
-    """The codes, their values differentiable in x and the weights of the encoder."""
-    parts = (x, encoder.W, encoder.b, encoder.W_glu, encoder.b_glu)
-    values = _Selected.apply(*parts, codes.values, codes.indices, codes.offsets, *factors)
-    return SparseCodes(values, codes.indices, codes.offsets, codes.n_latents)  # pyright: ignore[reportArgumentType]
+class _Reconstruct(torch.autograd.Function):
+    """x^ = codes @ W_D + b_D, and |x^ - target|^2 of each token.
+
+    The slope of the squared error with respect to a code is 2 <x^ - target, W_D row>: found forward, while the row is at hand.
+    """
+
+    @staticmethod
+    def forward(ctx, run: SparseOps, pattern: Pattern, values: Tensor, W_D: Tensor, b_D: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
+        reconstruction, residual, squared_error, slopes = run.kernels.reconstruct(pattern, values, W_D, b_D, target)
+        ctx.run, ctx.pattern, ctx.target_dtype = run, pattern, target.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, W_D, b_D, residual, slopes)
+        return reconstruction, squared_error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        to_reconstruction, to_error = gradients
+        values, W_D, b_D, residual, slopes = ctx.saved_tensors
+        kernels, pattern = ctx.run.kernels, ctx.pattern
+        _, _, needs_values, needs_weight, needs_bias, needs_target = ctx.needs_input_grad
+        weights = torch.zeros_like(residual[:, 0]) if to_error is None else 2 * to_error  # gradient to x^ is weights * residual, and more
+        to_entries, matrix, row_weights = weights[pattern.rows] * slopes, residual, weights
+        if to_reconstruction is not None:
+            matrix, row_weights = weights[:, None] * residual + to_reconstruction, None
+            to_entries = to_entries + kernels.entry_dots(pattern, at_least_float32(to_reconstruction).contiguous(), W_D)
+        to_weight = to_bias = None
+        if needs_weight:
+            scaled = values if row_weights is None else values * row_weights[pattern.rows]
+            to_weight = kernels.latent_sums(ctx.run.by_latent(pattern), scaled, matrix, transposed=False).to(W_D.dtype)
+        if needs_bias:
+            to_bias = (matrix.sum(0) if row_weights is None else row_weights @ matrix).to(b_D.dtype)
+        to_target = (-weights[:, None] * residual).to(ctx.target_dtype) if needs_target else None
+        return None, None, to_entries.to(values.dtype) if needs_values else None, to_weight, to_bias, to_target
 
 
 class _Selected(torch.autograd.Function):
@@ -200,40 +285,39 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        run: SparseOps,
+        pattern: Pattern,
+        values: Tensor,
         x: Tensor,
         W: Tensor,
         b: Tensor,
         W_glu: Tensor | None,
         b_glu: Tensor | None,
-        values: Tensor,
-        indices: Tensor,
-        offsets: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, W, W_glu, values > 0, indices, offsets, *factors)
+        ctx.run, ctx.pattern = run, pattern
+        ctx.save_for_backward(x, W, W_glu, values > 0, *factors)
         ctx.bias_dtypes = b.dtype, None if b_glu is None else b_glu.dtype
         return values.view_as(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, W_glu, fires, indices, offsets, *factors = ctx.saved_tensors
+        x, W, W_glu, fires, *factors = ctx.saved_tensors
+        kernels, pattern = ctx.run.kernels, ctx.pattern
         gradient = torch.where(fires, at_least_float32(gradients[0]), 0.0)
         to_h = [gradient]  # to x W + b, and to x W_glu + b_glu
         if factors:
             linear, sigmoid = (at_least_float32(factor) for factor in factors)
             to_h = [gradient * sigmoid, gradient * linear * sigmoid * (1 - sigmoid)]
-        needs_x, *needs = ctx.needs_input_grad[:5]
-        by_latent = None
+        needs_x, *needs = ctx.needs_input_grad[3:8]
         result: list[Tensor | None] = [None] * 5
         for i, (to, weight) in enumerate(zip(to_h, (W, W_glu), strict=False)):
-            n_latents = weight.shape[1]
             if needs[2 * i]:
-                by_latent = by_latent or _ByLatent(indices, SparseCodes(gradient, indices, offsets, n_latents).rows, n_latents)
-                result[1 + 2 * i] = by_latent.sums(to, x).t().to(weight.dtype, memory_format=torch.contiguous_format)
+                result[1 + 2 * i] = kernels.latent_sums(ctx.run.by_latent(pattern), to, x, transposed=True).to(weight.dtype)
             if needs[2 * i + 1]:
-                result[2 + 2 * i] = to.new_zeros(n_latents).index_add_(0, indices, to).to(ctx.bias_dtypes[i])
+                result[2 + 2 * i] = to.new_zeros(pattern.n_latents).index_add_(0, pattern.indices, to).to(ctx.bias_dtypes[i])
             if needs_x:
-                share = _gather_sum(indices, offsets, to, at_least_float32(weight.t())).to(x.dtype)
+                share = kernels.gather_sum(pattern, to, at_least_float32(weight.t()).contiguous()).to(x.dtype)
                 result[0] = share if result[0] is None else result[0] + share
-        return *result, *[None] * (3 + len(factors))
+        return None, None, None, *result, *[None] * len(factors)

@@ -3,40 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class SparseCodes:
-    """Codes of N tokens over F latents, row by row (CSR-like).
+class ByLatent(NamedTuple):
+    """The entries of sparse codes, sorted by latent: what the gradient of a weight matrix sums over."""
 
-    Row n holds the entries `offsets[n] : offsets[n + 1]`, no latent twice. Entries may be zero: selection has a constant number
-    of entries per token (TopK) or per batch (BatchTopK), and those that did not fire are zeros without gradient. Gradients flow
-    through `values`.
-    """
-
-    values: Float[Tensor, " nnz"]
-    indices: Int64[Tensor, " nnz"]
-    """The latent of each entry."""
+    order: Int64[Tensor, " nnz"]
+    """Which entry comes where; entries of one latent stay in the order of their tokens."""
+    rows: Int64[Tensor, " nnz"]
+    """The token of each entry, in that order."""
     offsets: Int64[Tensor, " ends"]
-    """[N + 1], from 0 to nnz."""
-    n_latents: int
-    """F."""
+    """[F + 1]: latent i has the places `offsets[i] : offsets[i + 1]`."""
+
+
+class Pattern:
+    """Where sparse codes have their entries; shared by all codes that are functions of one another, so that it is sorted once."""
+
+    def __init__(self, indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " ends"], n_latents: int) -> None:
+        self.indices, self.offsets, self.n_latents = indices, offsets, n_latents
+        self.by_latent: ByLatent | None = None
+        """Filled in by the first gradient that needs it."""
 
     @property
     def n_rows(self) -> int:
         """N."""
         return self.offsets.numel() - 1
 
-    @property
+    @cached_property
     def rows(self) -> Int64[Tensor, " nnz"]:
         """The token of each entry."""
         numbers = torch.arange(self.n_rows, device=self.offsets.device)
         return numbers.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+
+
+class SparseCodes:
+    """Codes of N tokens over F latents, row by row (CSR-like).
+
+    Row n holds the entries `offsets[n] : offsets[n + 1]`, no latent twice. Entries may be zero: TopK has a constant number of
+    entries per token and BatchTopK per batch, those that did not fire are zeros without gradient; JumpReLU has, beside what fires,
+    the entries in the window of its threshold, whose gradient moves the threshold. Gradients flow through `values`.
+
+    Args:
+        values: [nnz].
+        indices: [nnz] int64, the latent of each entry.
+        offsets: [N + 1] int64, from 0 to nnz.
+        n_latents: F.
+    """
+
+    def __init__(self, values: Float[Tensor, " nnz"], indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " ends"], n_latents: int) -> None:
+        self.values, self.pattern = values, Pattern(indices, offsets, n_latents)
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> SparseCodes:
+        """Other values in the same places."""
+        codes = object.__new__(SparseCodes)
+        codes.values, codes.pattern = values, self.pattern
+        return codes
+
+    @property
+    def indices(self) -> Int64[Tensor, " nnz"]:
+        """The latent of each entry."""
+        return self.pattern.indices
+
+    @property
+    def offsets(self) -> Int64[Tensor, " ends"]:
+        """[N + 1], from 0 to nnz."""
+        return self.pattern.offsets
+
+    @property
+    def n_latents(self) -> int:
+        """F."""
+        return self.pattern.n_latents
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return self.pattern.n_rows
+
+    @property
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """The token of each entry."""
+        return self.pattern.rows
 
     def to_dense(self) -> Float[Tensor, "N F"]:
         """The same codes as a matrix; differentiable."""
@@ -77,14 +129,14 @@ def entries(codes: Codes) -> Tensor:
 def map_codes(codes: Codes, function: Callable[[Tensor], Tensor]) -> Codes:
     """`function` of every entry, in the same form. It must be elementwise and map zero to zero."""
     if isinstance(codes, SparseCodes):
-        return SparseCodes(function(codes.values), codes.indices, codes.offsets, codes.n_latents)
+        return codes.with_values(function(codes.values))
     return function(codes)
 
 
 def scale_latents(codes: Codes, scale: Float[Tensor, " F"]) -> Codes:
     """Each latent times its own factor, in the same form, in at least float32."""
     if isinstance(codes, SparseCodes):
-        return SparseCodes(at_least_float32(codes.values) * scale[codes.indices], codes.indices, codes.offsets, codes.n_latents)
+        return codes.with_values(at_least_float32(codes.values) * scale[codes.indices])
     return at_least_float32(codes) * scale
 
 

@@ -113,7 +113,7 @@ class TrainingStep:
             if pieces > 1 and x_i.shape[0] == 0:
                 continue
             with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None):
-                forward = self.sae.run(x_i, k=scheduled.k, mask=mask_i)
+                forward = self.sae.run(x_i, k=scheduled.k, mask=mask_i, target=target_i)
                 loss, terms = total_loss(self.sae, LossInputs(x_i, target_i, forward, mask_i, dead), weights)
             share = mask_i.sum().to(loss.dtype) / result.tokens.clamp(min=1) if pieces > 1 else 1.0
             self.scaler.scale(loss * share).backward()
