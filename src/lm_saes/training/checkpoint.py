@@ -93,7 +93,7 @@ def write_checkpoint(
     save_dictionary: Callable[[Path], None],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
-    stream: dict[str, Any] | None,
+    stream: dict[str, Any] | Path | None,
 ) -> Path:
     """Write `checkpoints/step_<step>/` in a run's folder and name it in `latest`. A checkpoint of that step is replaced.
 
@@ -101,7 +101,8 @@ def write_checkpoint(
         save_dictionary: writes `config.json` and `sae_weights.safetensors` into the folder it is given.
         tensors: go to `optimizer.safetensors`.
         state: JSON values, go to `state.json`.
-        stream: the stream's state: nested dicts and lists of JSON values and tensors.
+        stream: the stream's state: nested dicts and lists of JSON values and tensors; or a checkpoint that holds it, whose files are shared
+            (hard links; copies where the file system has none).
 
     Raises:
         RunFolderError: the disk is full or cannot be written; older checkpoints are intact.
@@ -115,7 +116,10 @@ def write_checkpoint(
         (temporary / STREAM_FOLDER).mkdir(parents=True)
         save_dictionary(temporary)
         _save_tensors(temporary / TENSORS_FILE, tensors)
-        if stream is not None:
+        if isinstance(stream, Path):
+            for path in (stream / STREAM_FOLDER).iterdir():
+                _link(path, temporary / STREAM_FOLDER / path.name)
+        elif stream is not None:
             stream_tensors: dict[str, Tensor] = {}
             plain = _without_tensors(stream, stream_tensors)
             _save_tensors(temporary / STREAM_FOLDER / "tensors.safetensors", stream_tensors)
@@ -178,6 +182,13 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(saved, path)
 
 
+def _link(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(path, other)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -225,8 +236,17 @@ def newest_checkpoint(run_folder: str | Path) -> Path | None:
         named = ""
     if re.fullmatch(r"step_\d+", named) and _is_whole(folder / named):
         return folder / named
-    steps = [(int(path.name[5:]), path) for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return next((path for _, path in sorted(steps, reverse=True) if _is_whole(path)), None)
+    return next((path for _, path in _checkpoints(run_folder) if _is_whole(path)), None)
+
+
+def whole_checkpoints(run_folder: str | Path) -> dict[int, Path]:
+    """The whole checkpoints in a run's folder by their step, the newest first."""
+    return {step: path for step, path in _checkpoints(run_folder) if _is_whole(path)}
+
+
+def _checkpoints(run_folder: str | Path) -> list[tuple[int, Path]]:
+    folder = Path(run_folder) / "checkpoints"
+    return sorted(((int(path.name[5:]), path) for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), reverse=True)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -251,8 +271,8 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Everything in a checkpoint but the dictionary, on the CPU.
+def read_checkpoint(folder: Path, with_stream: bool = True) -> Checkpoint:
+    """Everything in a checkpoint but the dictionary, on the CPU; the stream's state, which may be large, only `with_stream`.
 
     Raises:
         RunFolderError: it cannot be read.
@@ -262,7 +282,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors = load_file(folder / TENSORS_FILE)
         stream_file = folder / STREAM_FOLDER / STATE_FILE
         stream = None
-        if stream_file.is_file():
+        if with_stream and stream_file.is_file():
             stream_tensors = load_file(folder / STREAM_FOLDER / "tensors.safetensors")
             stream = _with_tensors(json.loads(stream_file.read_text(encoding="utf-8")), stream_tensors)
     except (OSError, ValueError, SafetensorError) as error:
