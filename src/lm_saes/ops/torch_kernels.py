@@ -26,9 +26,11 @@ def above(
 ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]:
     """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent: how many each row has, latent, h, q."""
     q = _gate(h, gate_norm)
-    chosen = (q > floor) & (h > 0)
+    chosen = q > floor
+    if isinstance(floor, Tensor) or floor < 0:  # else q > floor says that h > 0
+        chosen &= h > 0
     where = chosen.flatten().nonzero().flatten()
-    return chosen.sum(-1), where % h.shape[1], h.flatten()[where], q.flatten()[where]
+    return torch.bincount(where // h.shape[1], minlength=len(h)), where % h.shape[1], h.flatten()[where], q.flatten()[where]
 
 
 def gather_sum(pattern: Pattern, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
