@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # else from PyTorch's own index. Elsewhere the ordinary package is the right one.
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 NEEDS_CPU_BUILD := $(shell test "$$(uname -s)" = Linux && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
+KERNELS := $(wildcard src/lm_saes/ops/native/*.cpp src/lm_saes/ops/native/*.h) src/lm_saes/ops/native/build.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint types check figures clean
@@ -29,7 +30,7 @@ types: $(VENV)/.installed-dev
 
 check: lint types test
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(NEEDS_CPU_BUILD),yes)
 	$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu || $(PIP) "$(TORCH)"

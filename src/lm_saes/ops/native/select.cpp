@@ -1,0 +1,132 @@
+// Selection from rows of pre-activations h [n, F], by gate values q = h, or h times the norm of the decoder row.
+//
+// The k largest of a row in two passes over it while it is in cache. First the maxima of many small groups: the k-th largest of
+// those is a lower bound of the k-th largest of all, and a tight one, since few groups hold two of the best. Then whatever reaches
+// the bound, a little more than k entries, of which the k largest are kept.
+
+#include "select.h"
+
+#include <cstdlib>
+
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t ROWS = 16;  // that a thread takes at a time
+constexpr int64_t GROUPS_PER_ENTRY = 8;  // group maxima for each entry wanted: more are slower, fewer give a looser bound
+
+int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// The k entries of largest key, by ascending latent; of equal ones the first.
+int64_t keep_largest(int32_t* keys, int32_t* latents, int64_t n, int64_t k) {
+    for (int64_t i = n; i < padded(n); i++) keys[i] = 0;
+    const int32_t bound = kth_largest(keys, padded(n), k, 0);
+    int64_t above = 0;
+    for (int64_t i = 0; i < n; i++) above += keys[i] > bound;
+    int64_t equal = k - above, kept = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (keys[i] > bound || (keys[i] == bound && equal-- > 0)) latents[kept++] = latents[i];
+    }
+    return kept;
+}
+
+template <bool WITH_NORM>
+void topk_row(const float* h, const float* norm, int64_t n_latents, int64_t k, int32_t* keys, int32_t* latents, float* values, int64_t* indices) {
+    const auto q = [=](auto tail, int64_t j) {
+        const Floats vector = read<decltype(tail)::value>(h, j, n_latents);
+        return WITH_NORM ? vector * read<decltype(tail)::value>(norm, j, n_latents) : vector;
+    };
+    const int64_t groups = group_maxima(n_latents, GROUPS_PER_ENTRY * k, q, keys);
+    const int32_t reached = kth_largest(keys, groups, k, k / 16);
+    const Floats bound = float_of(reached > 0 ? reached : 1) - Floats{};
+    int64_t n = 0;
+    scan(n_latents, [&](auto tail, int64_t j) { return q(tail, j) >= bound; }, [&](int64_t j) {
+        keys[n] = key_of(WITH_NORM ? h[j] * norm[j] : h[j]);
+        latents[n++] = static_cast<int32_t>(j);
+    });
+    if (n > k) n = keep_largest(keys, latents, n, k);
+    for (int64_t i = 0; i < n; i++) {
+        indices[i] = latents[i];
+        values[i] = h[latents[i]];
+    }
+    // Too few positive ones: zeros, at the first latents that are not selected.
+    for (int64_t j = 0, selected = 0, i = n; i < k; j++) {
+        if (selected < n && latents[selected] == j) {
+            selected++;
+            continue;
+        }
+        indices[i] = j;
+        values[i++] = 0;
+    }
+}
+
+template <bool WITH_NORM>
+void topk(const float* h, const float* norm, int64_t n_rows, int64_t n_latents, int64_t k, float* values, int64_t* indices, int threads) {
+    for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
+        int32_t* const scratch = static_cast<int32_t*>(malloc(2 * sizeof(int32_t) * static_cast<size_t>(n_latents + LANES)));
+        for (int64_t i = begin; i < end; i++) {
+            topk_row<WITH_NORM>(h + i * n_latents, norm, n_latents, k, scratch, scratch + n_latents + LANES, values + i * k, indices + i * k);
+        }
+        free(scratch);
+    });
+}
+
+// What `above` looks for: q > floor and h > 0, with one floor or one for each latent.
+struct Above {
+    const float *h, *norm, *floors;
+    float floor;
+    int64_t n_latents;
+
+    template <class Found>
+    void find(const Found& found) const {
+        scan(
+            n_latents,
+            [this](auto tail, int64_t j) {
+                constexpr bool TAIL = decltype(tail)::value;
+                const Floats here = read<TAIL>(h, j, n_latents);
+                const Floats q = norm ? here * read<TAIL>(norm, j, n_latents) : here;
+                const Floats least = floors ? read<TAIL>(floors, j, n_latents) : floor - Floats{};
+                return (q > least) & (here > Floats{});
+            },
+            found);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// The k largest of relu(q) of each row: values [n, k] of h and latents [n, k], 0 < k <= F.
+void lm_saes_topk(const float* h, const float* norm, int64_t n_rows, int64_t n_latents, int64_t k, float* values, int64_t* indices, int threads) {
+    (norm ? topk<true> : topk<false>)(h, norm, n_rows, n_latents, k, values, indices, threads);
+}
+
+// How many entries of each row are above the floor: counts [n].
+void lm_saes_count_above(
+    const float* h, const float* norm, const float* floors, float floor, int64_t n_rows, int64_t n_latents, int64_t* counts, int threads) {
+    for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            int64_t n = 0;
+            Above{h + i * n_latents, norm, floors, floor, n_latents}.find([&](int64_t) { n++; });
+            counts[i] = n;
+        }
+    });
+}
+
+// The entries themselves, those of row i from offsets[i] on.
+void lm_saes_fill_above(
+    const float* h, const float* norm, const float* floors, float floor, int64_t n_rows, int64_t n_latents, const int64_t* offsets, int64_t* indices,
+    float* values, float* gates, int threads) {
+    for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const float* const row = h + i * n_latents;
+            int64_t at = offsets[i];
+            Above{row, norm, floors, floor, n_latents}.find([&](int64_t j) {
+                indices[at] = j;
+                values[at] = row[j];
+                gates[at++] = norm ? row[j] * norm[j] : row[j];
+            });
+        }
+    });
+}
+}

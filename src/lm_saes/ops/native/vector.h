@@ -1,0 +1,105 @@
+// The small layer of vectors that all kernels share, on the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and
+// whatever else the compiler knows (SSE2 on any x86-64, NEON on arm64). Intrinsics stand only where the extensions have no word.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int REGISTERS = 16;  // accumulators that a loop may hold beside what it loads
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int REGISTERS = 8;
+#else
+constexpr int LANES = 4;
+constexpr int REGISTERS = 8;
+#endif
+constexpr int64_t LINE = 16;  // floats in a cache line
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t UnalignedInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
+inline Ints load(const int32_t* from) { return *reinterpret_cast<const UnalignedInts*>(from); }
+inline void store(float* to, Floats vector) { *reinterpret_cast<UnalignedFloats*>(to) = vector; }
+inline void store(int32_t* to, Ints vector) { *reinterpret_cast<UnalignedInts*>(to) = vector; }
+
+// The last vector of a row whose length is not a multiple of LANES: `count` < LANES numbers, then `rest`.
+inline Floats load_tail(const float* from, int64_t count, float rest = 0.0f) {
+    Floats vector = rest - Floats{};
+    for (int64_t i = 0; i < count; i++) vector[i] = from[i];
+    return vector;
+}
+inline void store_tail(float* to, Floats vector, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = vector[i];
+}
+
+// The larger of two numbers; `other` where `vector` is not a number.
+inline Floats larger(Floats vector, Floats other) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(vector, other);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(vector, other);
+#else
+    return vector > other ? vector : other;
+#endif
+}
+
+// One bit per lane, from what a comparison returned.
+inline uint64_t bits(Ints comparison) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison));
+#elif defined(__AVX2__)
+    return static_cast<uint64_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(comparison)));
+#elif defined(__SSE2__)
+    return static_cast<uint64_t>(_mm_movemask_ps(reinterpret_cast<__m128>(comparison)));
+#else
+    uint64_t word = 0;
+    for (int i = 0; i < LANES; i++) word |= static_cast<uint64_t>(comparison[i] & 1) << i;
+    return word;
+#endif
+}
+
+inline float sum(Floats vector) {
+    float numbers[LANES];
+    store(numbers, vector);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) numbers[i] += numbers[i + half];
+    }
+    return numbers[0];
+}
+
+inline int64_t sum(Ints vector) {
+    int64_t total = 0;
+    for (int i = 0; i < LANES; i++) total += vector[i];
+    return total;
+}
+
+// The scalar product of two rows, always in the same order of additions.
+inline float dot(const float* left, const float* right, int64_t length) {
+    Floats sums[4] = {};
+    int64_t d = 0;
+    for (; d + 4 * LANES <= length; d += 4 * LANES) {
+        for (int v = 0; v < 4; v++) sums[v] += load(left + d + v * LANES) * load(right + d + v * LANES);
+    }
+    for (; d + LANES <= length; d += LANES) sums[0] += load(left + d) * load(right + d);
+    if (d < length) sums[1] += load_tail(left + d, length - d) * load_tail(right + d, length - d);
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+inline void prefetch_row(const float* row, int64_t length) {
+    for (int64_t d = 0; d < length; d += LINE) __builtin_prefetch(row + d);
+}
+
+}  // namespace
