@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import threading
 import warnings
 from typing import Any
 
@@ -372,3 +373,44 @@ def test_settings_without_effect_warn_once(fields: dict[str, Any], said: str) ->
         factory.process(FakeLanguageModel(), datasets=TEXTS)
     assert len(caught) == 1
     assert re.search(said, str(caught[0].message))
+
+
+# ---------------------------------------------------------------------------------------------- reading ahead
+
+
+@pytest.mark.parametrize("buffer_size", [None, 20])
+@pytest.mark.parametrize("target", [Target.ACTIVATIONS_1D, Target.ACTIVATIONS_2D, Target.TOKENS])
+def test_reading_ahead_changes_nothing_and_a_run_may_be_resumed_with_or_without_it(target: Target, buffer_size: int | None) -> None:
+    fields = {"target": target, "buffer_size": buffer_size, "batch_size": 3}
+    whole = list(open_stream(prefetch=0, **fields))
+    for depth, other in [(2, 0), (0, 2), (2, 3)]:
+        stream = open_stream(prefetch=depth, **fields)
+        assert same([next(stream) for _ in range(4)], whole[:4])
+        state = through_files(stream.state_dict())
+        delivered = stream.counts()["delivered"]
+        assert delivered == 4 * 3
+        resumed = open_stream(prefetch=other, **fields)
+        resumed.load_state_dict(state)
+        assert same(list(resumed), whole[4:])
+        assert same(list(stream), whole[4:])
+        assert resumed.counts() == stream.counts() == {**open_to_the_end(**fields), "ended": True}
+
+
+def open_to_the_end(**fields: Any) -> dict[str, Any]:
+    stream = open_stream(**fields)
+    list(stream)
+    return stream.counts()
+
+
+def test_the_thread_works_while_the_batch_is_used_and_close_ends_it() -> None:
+    model = FakeLanguageModel()
+    stream = open_stream(model=model, prefetch=2)
+    before = threading.active_count()
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()
+    assert threading.active_count() == before
+    assert open_stream().cfg.prefetch is None
+    quiet = open_stream()
+    next(quiet)
+    assert threading.active_count() == before  # nothing is read ahead on a CPU unless one asks for it

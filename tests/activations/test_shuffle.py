@@ -92,14 +92,38 @@ def test_it_shuffles_well() -> None:
     assert spread > capacity / 8
 
 
-def test_the_buffer_is_refilled_at_one_half() -> None:
+def test_the_stream_is_read_evenly_and_mixed_at_one_half() -> None:
     items = Counting([10] * 100)
     stream = ShuffleBuffer(items, 10, 100)
-    read = []
+    batches, read = [], []
     for _ in range(20):
-        next(stream)
+        batches.append(next(stream)["tokens"])
         read.append(items.position)
-    assert read == [10] * 6 + [16] * 6 + [22] * 6 + [28] * 2
+    assert read == list(range(10, 30))
+    newest = [int(batch.max()) for batch in batches]
+    assert max(newest[:6]) < 100 <= max(newest[6:12]) < 160 <= max(newest[12:18]) < 220
+
+
+def test_an_error_of_the_stream_loses_nothing() -> None:
+    class Failing(Counting):
+        failures = 3
+
+        def __next__(self) -> dict[str, Any]:
+            if self.position == 5 and self.failures:
+                self.failures -= 1
+                raise OSError("for a moment")
+            return super().__next__()
+
+    for make in (lambda items: Rebatch(items, 8), lambda items: ShuffleBuffer(items, 8, 24)):
+        stream, expected = make(Failing([3] * 20)), numbers(list(make(Counting([3] * 20))), 8)
+        batches, failures = [], 0
+        while len(batches) < 60 // 8:
+            try:
+                batches.append(next(stream))
+            except OSError:
+                failures += 1
+        assert failures == 3
+        assert numbers(batches, 8) == expected
 
 
 @given(budget=st.integers(3 * PER_ENTRY, 40 * PER_ENTRY), capacity=st.integers(3, 60))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lm_saes.config import LanguageModelConfig
 from lm_saes.errors import HookPointError, LanguageModelError
 from lm_saes.lm.huggingface import HuggingFaceLanguageModel
 from tests.lm.test_hook_points import IDS, SEQUENTIAL, language_model
-from tests.lm.tiny_models import CAUSAL, ENCODERS, FAMILIES, LAYERS, tiny_model, tiny_tokenizer
+from tests.lm.tiny_models import CAUSAL, ENCODERS, FAMILIES, LAYERS, save_tiny, tiny_model, tiny_tokenizer
 
 
 @contextmanager
@@ -227,3 +230,36 @@ def test_several_edits_apply_in_the_order_of_the_forward_then_of_the_dict() -> N
 def test_inputs_that_cannot_run_say_so(ids: Tensor, mask: Any, what: str) -> None:
     with pytest.raises(LanguageModelError, match=what):
         language_model("gpt2").capture(ids, mask, ["blocks.0.hook_resid_pre"])
+
+
+def test_threads_do_not_see_each_others_hooks() -> None:
+    """One thread reads ahead while another evaluates with the same model: each gets what it would get alone."""
+    lm = language_model("gpt2")
+    first, last = "blocks.0.hook_resid_post", f"blocks.{LAYERS - 1}.hook_resid_post"
+    jobs: list[Callable[[], Tensor]] = [
+        lambda: lm.capture(IDS, None, [first])[first],
+        lambda: lm.capture(IDS, None, [last])[last],
+        lambda: lm.logits(IDS),
+        lambda: lm.logits(IDS, edits={first: lambda x: x + 1}),
+    ]
+    alone = [job() for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = [pool.submit(lambda job=job: [job() for _ in range(30)]) for job in jobs]
+        for expected, future in zip(alone, together, strict=True):
+            assert all(torch.equal(result, expected) for result in future.result())
+    assert not any(module.training for module in lm.model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_pytorchs_own_and_no_logits_are_made_for_activations(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from_pretrained` chooses scaled_dot_product_attention where the model has it; the head, the dearest matrix of a small model, does not run."""
+    save_tiny(family, tmp_path)
+    lm = HuggingFaceLanguageModel(LanguageModelConfig(model_name=str(tmp_path), device="cpu"))
+    calls: list[int] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with counting(lm) as finished:
+        lm.capture(IDS, None, [f"blocks.{LAYERS - 1}.hook_resid_post"])
+    assert len(calls) == (0 if family == "gemma2" else LAYERS)  # Gemma 2 bends its attention scores by a tanh, which that function cannot
+    head = lm.model.get_output_embeddings() if lm.is_causal else None
+    assert head is None or not any(lm.model.get_submodule(path) is head for path in finished)

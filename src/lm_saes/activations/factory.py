@@ -7,6 +7,7 @@
    outliers. The interceptor, if there is one, sees each of these batches with the number of its source. Target `TOKENS` skips the model.
 5. Target `ACTIVATIONS_1D`: the positions of the mask are taken out of their contexts.
 6. `shuffle.py` mixes them in a buffer and cuts batches of `batch_size`: tokens for `ACTIVATIONS_1D`, whole sequences otherwise.
+7. `prefetch.py` does all this in a thread, `prefetch` batches ahead of whoever asks, or at once where that is 0.
 
 Each step is a stream with a state; `ActivationStream` is the last of them and knows the others, so it can say what was dropped and why.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from lm_saes.activations.capture import ActivationCapture, Batch, Interceptor, KeptPositions
 from lm_saes.activations.documents import Documents, DocumentStream
 from lm_saes.activations.mix import Mix, Source
+from lm_saes.activations.prefetch import Prefetch, automatic_depth
 from lm_saes.activations.shuffle import Rebatch, ShuffleBuffer
 from lm_saes.activations.stream import State, nested, part
 from lm_saes.activations.text import as_documents
@@ -90,7 +92,8 @@ class ActivationFactory:
         else:
             buffer_seed = seed if cfg.buffer_shuffle is None else cfg.buffer_shuffle.perm_seed
             batches = ShuffleBuffer(items, cfg.batch_size, cfg.buffer_size, seed=buffer_seed, max_bytes=cfg.max_buffer_bytes, device=model.device)
-        return ActivationStream(cfg, batches, capture, mix, rows, context_size=context_size, hook_widths=widths, seed=seed)
+        ahead = Prefetch(batches, automatic_depth(model.device) if cfg.prefetch is None else cfg.prefetch, model.device)
+        return ActivationStream(cfg, ahead, batches, capture, mix, rows, context_size=context_size, hook_widths=widths, seed=seed)
 
     def _rows(
         self, source: Any, model: LanguageModel, model_name: str | None, datasets: Mapping[str, Any], context_size: int, seed: int
@@ -125,6 +128,7 @@ class ActivationStream:
     def __init__(
         self,
         cfg: ActivationFactoryConfig,
+        ahead: Prefetch,
         batches: Rebatch | ShuffleBuffer,
         capture: ActivationCapture,
         mix: Mix,
@@ -136,8 +140,9 @@ class ActivationStream:
     ) -> None:
         self.cfg, self.context_size, self.hook_widths = cfg, context_size, hook_widths
         self.ended = False
-        self._batches, self._capture, self._mix, self._rows = batches, capture, mix, rows
-        self._settings = {"seed": seed, "context_size": context_size, **cfg.model_dump(mode="json", exclude={"context_size", "num_workers"})}
+        self._ahead, self._batches, self._capture, self._mix, self._rows = ahead, batches, capture, mix, rows
+        decisive = cfg.model_dump(mode="json", exclude={"context_size", "num_workers", "prefetch"})
+        self._settings = {"seed": seed, "context_size": context_size, **decisive}
 
     def __iter__(self) -> Self:
         return self
@@ -145,7 +150,7 @@ class ActivationStream:
     def __next__(self) -> Batch:
         """The next batch. Raises `DataError` where the text does not fill even one."""
         try:
-            return next(self._batches)
+            return next(self._ahead)
         except StopIteration:
             self.ended = True
             if self._batches.delivered == 0:
@@ -154,9 +159,13 @@ class ActivationStream:
                 ) from None
             raise
 
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one. Nothing is lost; the next batch that is asked for starts it again."""
+        self._ahead.close()
+
     def state_dict(self) -> State:
         """Everything that decides which batches come next, the buffer's content included: as large as the buffer."""
-        return {"settings": self._settings, "ended": self.ended, **nested("batches", self._batches.state_dict())}
+        return {"settings": self._settings, "ended": self.ended, **nested("batches", self._ahead.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the stream was that gave `state`. Raises `ConfigError` if it had other settings, `DataError` if the text has changed."""
@@ -165,20 +174,22 @@ class ActivationStream:
             if saved.get(name) != value:
                 raise ConfigError(f"the saved stream had {name} = {saved.get(name)!r}, this one has {value!r}; resume with the settings of the run")
         self.ended = state["ended"]
-        self._batches.load_state_dict(part("batches", state))
+        self._ahead.load_state_dict(part("batches", state))
 
     def counts(self) -> dict[str, Any]:
-        """What has been read, kept and dropped so far.
+        """What has been read (also ahead of the batches that were given out), kept and dropped so far.
 
         `documents` (read), `empty_documents`, `invalid_utf8_documents`; `tokens` = `kept` + the sum of `dropped`, whose reasons are `special`,
         `ignored`, `outlier`, `interceptor` (read by the language model, not kept), `partial_row` and `cut` (not read); `padding`
         (positions without a token); `ended`; `sources`: the same for each source. For the whole stream also `delivered` and `remainder`:
         tokens (activations-1d) or sequences given out, and dropped at the end because they did not fill a batch.
         """
-        sources = {
-            source.name: _source_counts(rows, counts, ended)
-            for source, rows, counts, ended in zip(self._mix.sources, self._rows, self._capture.counts, self._mix.ended, strict=True)
-        }
+        with self._ahead.paused():
+            sources = {
+                source.name: _source_counts(rows, counts, ended)
+                for source, rows, counts, ended in zip(self._mix.sources, self._rows, self._capture.counts, self._mix.ended, strict=True)
+            }
+            delivered = self._batches.delivered - self._ahead.ahead * self.cfg.batch_size
         total: dict[str, Any] = {"ended": self.ended}
         for counts in sources.values():
             for key, value in counts.items():
@@ -186,7 +197,7 @@ class ActivationStream:
                     total[key] = {reason: total.get(key, {}).get(reason, 0) + number for reason, number in value.items()}
                 elif key != "ended":
                     total[key] = total.get(key, 0) + value
-        return {**total, "delivered": self._batches.delivered, "remainder": self._batches.remainder, "sources": sources}
+        return {**total, "delivered": delivered, "remainder": self._batches.remainder if self.ended else 0, "sources": sources}
 
     def description(self) -> str:
         """What was kept, what was dropped and why, and which datasets ended, in one line."""

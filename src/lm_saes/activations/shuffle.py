@@ -4,10 +4,14 @@ An item is a dict of tensors (and lists) with the same length along their first 
 given out exactly once; what is left at the end and does not fill a batch is dropped and counted in `remainder`.
 
 The shuffle buffer, allocated once:
-1. `slots` is a permutation of the buffer's places. The first `filled` of them hold an entry, the others are free.
-2. Fill: entries are written to free places until none is left. Then the full part of `slots` is permuted. Entries do not move.
-3. Emit: the last `batch_size` full places are gathered into a batch and become free, until less than half the buffer is full; then 2.
-When the stream has ended, 3 goes on until the buffer is empty.
+1. `slots` is a permutation of the buffer's places. From its left come `filled` places whose entries are mixed, from its right those of the
+   `arrived` entries, which are not mixed yet; the places between are free.
+2. Fill: before each batch, entries are written to the free places until none is left. So the stream is read evenly, a batch's worth at a
+   time, and a thread that reads ahead never has half a buffer to catch up with.
+3. Mix: when less than half the buffer is mixed, and at the start, the places of mixed and arrived entries are permuted together. Entries
+   do not move.
+4. Emit: the last `batch_size` mixed places are gathered into a batch and become free.
+When the stream has ended, 3 and 4 go on until the buffer is empty.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lm_saes.activations.stream import State, Stream, nested, part
+from lm_saes.activations.stream import State, Stream, nested, part, stopping_point
 from lm_saes.activations.tokens import restored_meta
 from lm_saes.errors import ConfigError
 
@@ -51,11 +55,13 @@ def joined(parts: list[Items]) -> Items:
     }
 
 
-def _saved(items: Items) -> State:
+def saved(items: Items) -> State:
+    """A snapshot of an item, for a state."""
     return {key: value.clone() if isinstance(value, Tensor) else list(value) for key, value in items.items()}
 
 
-def _loaded(items: Mapping[str, Any], device: torch.device) -> Items:
+def loaded(items: Mapping[str, Any], device: torch.device) -> Items:
+    """The item that `saved` made a snapshot of."""
     return {key: value.to(device) if isinstance(value, Tensor) else restored_meta(value) for key, value in items.items()}
 
 
@@ -72,13 +78,16 @@ class Rebatch:
 
     def __next__(self) -> Items:
         parts, n = [self._waiting] if self._waiting else [], n_items(self._waiting)
-        while n < self._batch_size:
-            item = next(self._items, None)
-            if item is None:
-                self._waiting, self.remainder = joined(parts), n
-                raise StopIteration
-            parts.append(item)
-            n += n_items(item)
+        try:
+            while n < self._batch_size:
+                stopping_point()
+                parts.append(next(self._items))
+                n += n_items(parts[-1])
+        except BaseException as error:  # what was read is not lost
+            self._waiting = joined(parts)
+            if isinstance(error, StopIteration):
+                self.remainder = n
+            raise
         whole = joined(parts)
         self._waiting = sliced(whole, self._batch_size) if n > self._batch_size else {}
         self.delivered += self._batch_size
@@ -86,11 +95,11 @@ class Rebatch:
 
     def state_dict(self) -> State:
         counts = {"delivered": self.delivered, "remainder": self.remainder}
-        return {**counts, **nested("waiting", _saved(self._waiting)), **nested("items", self._items.state_dict())}
+        return {**counts, **nested("waiting", saved(self._waiting)), **nested("items", self._items.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.delivered, self.remainder = state["delivered"], state["remainder"]
-        self._waiting = _loaded(part("waiting", state), self._device)
+        self._waiting = loaded(part("waiting", state), self._device)
         self._items.load_state_dict(part("items", state))
 
 
@@ -109,8 +118,8 @@ class ShuffleBuffer:
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: Items = {}
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._filled = 0
-        self._filling, self._ended = True, False
+        self._filled = self._arrived = 0
+        self._ended = False
         self._waiting: Items = {}  # the end of an item that found no free place
         self.delivered = self.remainder = 0
 
@@ -118,20 +127,16 @@ class ShuffleBuffer:
         return self
 
     def __next__(self) -> Items:
-        if self._filling and not self._ended:
+        if not self._ended:
             self._fill()
+        if self._arrived and self._filled < max(self.capacity // 2, self._batch_size):
+            self._mix()
         start = self._filled - self._batch_size
         if start < 0:
             self.remainder = self._filled
             raise StopIteration
-        slots = self._slots[start : self._filled]
-        on_device = slots.to(self._device)
-        batch = {
-            key: value.index_select(0, on_device) if isinstance(value, Tensor) else [value[slot] for slot in slots.tolist()]
-            for key, value in self._storage.items()
-        }
+        batch = self._gathered(self._slots[start : self._filled])
         self._filled = start
-        self._filling = start < max(self.capacity // 2, self._batch_size)
         self.delivered += self._batch_size
         return batch
 
@@ -142,8 +147,9 @@ class ShuffleBuffer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _fill(self) -> None:
-        while self._filled < self.capacity:
+        while self._filled + self._arrived < self.capacity:
             if n_items(self._waiting) == 0:
+                stopping_point()
                 item = next(self._items, None)
                 if item is None:
                     self._ended = True
@@ -151,17 +157,32 @@ class ShuffleBuffer:
                 self._waiting = item
             if not self._storage:
                 self._allocate(self._waiting)
-            n = min(n_items(self._waiting), self.capacity - self._filled)
-            self._write(sliced(self._waiting, 0, n))
+            n = min(n_items(self._waiting), self.capacity - self._filled - self._arrived)
+            free = self.capacity - self._arrived
+            self._write(sliced(self._waiting, 0, n), self._slots[free - n : free].flip(0))
+            self._arrived += n
             self._waiting = sliced(self._waiting, n)
         if n_items(self._waiting) == 0:
             self._waiting = {}  # an empty view would keep the whole item
-        order = torch.randperm(self._filled, generator=self._generator)
-        self._slots[: self._filled] = self._slots[: self._filled][order]
 
-    def _write(self, items: Items) -> None:
-        n = n_items(items)
-        slots = self._slots[self._filled : self._filled + n]
+    def _mix(self) -> None:
+        entries = self._entries()
+        free = self._slots[self._filled : self.capacity - self._arrived]
+        self._slots = torch.cat([entries[torch.randperm(len(entries), generator=self._generator)], free])
+        self._filled, self._arrived = len(entries), 0
+
+    def _entries(self) -> Tensor:
+        """The places of all entries: the mixed ones, then those that arrived since, in the order in which they came."""
+        return torch.cat([self._slots[: self._filled], self._slots[self.capacity - self._arrived :].flip(0)])
+
+    def _gathered(self, slots: Tensor) -> Items:
+        on_device = slots.to(self._device)
+        return {
+            key: value.index_select(0, on_device) if isinstance(value, Tensor) else [value[slot] for slot in slots.tolist()]
+            for key, value in self._storage.items()
+        }
+
+    def _write(self, items: Items, slots: Tensor) -> None:
         on_device = slots.to(self._device)
         for key, value in items.items():
             if isinstance(value, Tensor):
@@ -169,7 +190,6 @@ class ShuffleBuffer:
             else:
                 for slot, entry in zip(slots.tolist(), value, strict=True):
                     self._storage[key][slot] = entry
-        self._filled += n
 
     def _allocate(self, like: Items) -> None:
         """Make room for `capacity` entries like those in `like`, within the budget."""
@@ -191,31 +211,26 @@ class ShuffleBuffer:
         self._slots = torch.arange(self.capacity)
 
     def state_dict(self) -> State:
-        """The full places in the order in which they will be given out; free places have no content, so none is saved."""
-        slots = self._slots[: self._filled]
-        on_device = slots.to(self._device)
-        stored = {
-            key: value.index_select(0, on_device) if isinstance(value, Tensor) else [value[slot] for slot in slots.tolist()]
-            for key, value in self._storage.items()
-        }
-        counters = {"delivered": self.delivered, "remainder": self.remainder, "filling": self._filling, "ended": self._ended}
+        """The entries: first the mixed ones, the next batch at their end, then the others; free places have no content, so none is saved."""
+        counters = {"delivered": self.delivered, "remainder": self.remainder, "ended": self._ended, "mixed": self._filled}
         return {
             **counters,
             "capacity": self.capacity,
             "generator": self._generator.get_state(),
-            **nested("stored", stored),
-            **nested("waiting", _saved(self._waiting)),
+            **nested("stored", self._gathered(self._entries())),
+            **nested("waiting", saved(self._waiting)),
             **nested("items", self._items.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.delivered, self.remainder, self._filling, self._ended = (state[key] for key in ("delivered", "remainder", "filling", "ended"))
-        self.capacity = state["capacity"]
+        self.delivered, self.remainder, self._ended, self.capacity = (state[key] for key in ("delivered", "remainder", "ended", "capacity"))
         self._generator.set_state(state["generator"])
-        stored = _loaded(part("stored", state), self._device)
-        self._storage, self._slots, self._filled = {}, torch.empty(0, dtype=torch.int64), 0
+        stored = loaded(part("stored", state), self._device)
+        self._storage, self._slots, self._filled, self._arrived = {}, torch.empty(0, dtype=torch.int64), 0, 0
         if stored:
             self._allocate(stored)
-            self._write(stored)
-        self._waiting = _loaded(part("waiting", state), self._device)
+            self._filled = state.get("mixed", n_items(stored))  # all of them, where the state is older than this key
+            self._arrived = n_items(stored) - self._filled
+            self._write(stored, self._entries())
+        self._waiting = loaded(part("waiting", state), self._device)
         self._items.load_state_dict(part("items", state))

@@ -8,6 +8,7 @@ A state is one flat dict. Its values are tensors or JSON; the state of an inner 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, TypeVar
 
@@ -39,3 +40,24 @@ def nested(prefix: str, state: Mapping[str, Any]) -> State:
 def part(prefix: str, state: Mapping[str, Any]) -> State:
     """What `nested(prefix, ...)` put into `state`."""
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}
+
+
+class ReadingThread(threading.Thread):
+    """A thread that reads a stream, and that may be told to stop in the middle of an item."""
+
+    told_to_stop = False
+
+
+class StoppedError(Exception):
+    """Raised inside a stream that is read by a thread that was told to stop. The stream can be read on from there."""
+
+
+def stopping_point() -> None:
+    """To be called by streams between the pieces of a long item, where they can be left and taken up again.
+
+    Raises:
+        StoppedError: this is a `ReadingThread` that was told to stop.
+    """
+    thread = threading.current_thread()
+    if isinstance(thread, ReadingThread) and thread.told_to_stop:
+        raise StoppedError

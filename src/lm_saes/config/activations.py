@@ -207,6 +207,8 @@ class ActivationFactoryConfig(BaseConfig):
     """Seed of the shuffling; `None` takes the run's seed."""
     max_buffer_bytes: int | None = Field(default=None, ge=1)
     """Byte budget of the shuffle buffer: a larger `buffer_size` is lowered to it, with one log line."""
+    prefetch: int | None = Field(default=None, ge=0)
+    """Batches that a thread reads ahead while the dictionary is trained; `None` is 2 on CUDA, else 0. They are the same batches, in the same order."""
     ignore_token_ids: list[int] | None = None
     """Tokens whose activations are dropped. `None`: BOS, padding and the other special tokens; a list: those ids and nothing else."""
     outlier_norm_factor: float = Field(default=10.0, ge=0)

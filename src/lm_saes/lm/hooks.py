@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -132,14 +134,21 @@ def edited(model: nn.Module, edits: Mapping[str, tuple[Site, Edit]]) -> Iterator
         yield
 
 
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, no module is in training mode (dropout off); afterwards each is as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    """While open, no module is in training mode (dropout off); afterwards each is as it was.
+
+    One thread at a time: hooks sit on the modules, and those of one forward would see the other's tensors.
+    """
+    with _turns.setdefault(model, threading.RLock()):
+        training = [module for module in model.modules() if module.training]
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

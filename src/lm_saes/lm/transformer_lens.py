@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm_saes.config import LanguageModelConfig
 from lm_saes.errors import HookPointError, LanguageModelError
+from lm_saes.lm.hooks import evaluating
 from lm_saes.lm.language_model import Edit, LanguageModel
 
 
@@ -72,7 +73,8 @@ class TransformerLensLanguageModel(LanguageModel):
     def _run(self, ids: Tensor, attention_mask: Tensor | None, hooks: list[tuple[str, Callable[..., Any]]]) -> Tensor:
         inputs = self._plain.inputs(ids, attention_mask)
         ids = inputs.pop("input_ids")
-        return self.model.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits", **inputs)
+        with evaluating(self.model):
+            return self.model.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits", **inputs)
 
     @torch.no_grad()
     def capture(self, ids: Tensor, attention_mask: Tensor | None, hook_points: Sequence[str]) -> dict[str, Tensor]:
