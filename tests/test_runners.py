@@ -11,7 +11,8 @@ import torch
 from lm_saes import SparseDictionary, TrainSAESettings, evaluate_sae, train_sae
 from lm_saes.config import EvaluateSAESettings, SAEConfig, load_settings
 from lm_saes.errors import ConfigError, HookPointError, RunFolderError
-from lm_saes.runners import load_run, settings_of_run
+from lm_saes.records import settings_of_run
+from lm_saes.runners import load_run
 from lm_saes.training.loggers import Logger
 from tests.lm.tiny_models import save_tiny
 
@@ -126,11 +127,11 @@ def test_a_new_run_from_a_checkpoint(table, tmp_path):
 
 def test_evaluation_reads_its_own_text(table, material, monkeypatch):
     read = []
-    from lm_saes import runners
+    from lm_saes import assembly
 
-    original = runners.ActivationFactory.process
+    original = assembly.ActivationFactory.process
     monkeypatch.setattr(
-        runners.ActivationFactory, "process",
+        assembly.ActivationFactory, "process",
         lambda self, **options: (read.append(options["datasets"]["text"].dataset_name_or_path), original(self, **options))[1],
     )  # fmt: skip
     train(table, eval=True, eval_datasets={"text": {"dataset_name_or_path": str(material / "held_out.jsonl")}})

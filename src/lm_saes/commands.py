@@ -14,21 +14,14 @@ from rich.text import Text
 
 from lm_saes import display
 from lm_saes.analysis.features import Feature, find_features, pick
+from lm_saes.assembly import evaluation_stream
 from lm_saes.config import EvalConfig, EvaluateSAESettings, TrainSAESettings, load_settings
 from lm_saes.config.base import validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError
 from lm_saes.estimate import estimate
-from lm_saes.runners import (
-    check_finished,
-    check_same,
-    evaluate_dictionary,
-    evaluate_sae,
-    evaluation_stream,
-    load_run,
-    settings_of_run,
-    train_sae,
-)
+from lm_saes.records import check_finished, check_same, settings_of_run
+from lm_saes.runners import evaluate_dictionary, evaluate_sae, load_run, train_sae
 from lm_saes.training import loggers
 from lm_saes.training.checkpoint import write_json
 
@@ -40,7 +33,16 @@ FEATURE_TOKENS = 200_000
 SHOWN = 6
 
 
-RUN_FILES = ("settings.json", "initialization.json", "metrics.jsonl", "config.json", "sae_weights.safetensors", "evaluation.json", "features.json")
+RUN_FILES = (
+    "settings.json",
+    "initialization.json",
+    "metrics.jsonl",
+    "config.json",
+    "sae_weights.safetensors",
+    "evaluation.json",
+    "features.json",
+    "failure.json",
+)
 """What a run leaves in its folder, beside `checkpoints/`."""
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_saes.assembly import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
 from lm_saes.config import ActivationFactoryTarget, InitializerConfig, SAEConfig, TrainSAESettings
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.runners import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
 from lm_saes.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -1,57 +1,69 @@
 """The jobs: train and evaluate a dictionary from settings. Thin on purpose: each step is one call into a room below.
 
-`train_sae` in order: the run's folder is checked, the language model loaded, the stream opened, the joints between them checked; the
-dictionary is initialised from the start of the stream (or loaded, or restored from a checkpoint); it is trained, folded, saved,
-and, if asked for, evaluated on held-out text.
+`train_together` in order: the runs' folders are checked, the language model loaded, the stream opened, the joints between them checked; each
+dictionary is initialised from the start of the stream (or loaded, or restored from a checkpoint); all are trained on the same batches,
+folded, saved, and, if asked for, evaluated on held-out text. `train_sae` is the case of one; `lm_saes.sweep` of many.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from lm_saes.activations.factory import ActivationFactory
-from lm_saes.config import (
-    ActivationFactoryTarget,
-    DatasetConfig,
-    EvalConfig,
-    EvaluateSAESettings,
-    InitializerConfig,
-    PretrainedSAE,
-    SAEConfig,
-    Settings,
-    TrainSAESettings,
+from lm_saes.assembly import (
+    FOLDABLE,
+    check_joints,
+    evaluation_stream,
+    load_dictionary,
+    open_model,
+    open_stream,
+    start_dictionary,
+    with_device,
 )
-from lm_saes.config.base import RUN_RECORDS, BaseModelConfig, validated
-from lm_saes.config.dictionaries import CONFIG_FILE
-from lm_saes.errors import ConfigError, HookPointError, RunFolderError
-from lm_saes.evaluation.evaluator import Evaluator
+from lm_saes.config import EvalConfig, EvaluateSAESettings, InitializerConfig, PretrainedSAE, StreamSettings, TrainSAESettings
+from lm_saes.errors import NonFiniteError
+from lm_saes.evaluation.evaluator import Evaluator, Metrics
 from lm_saes.evaluation.pca import PCABaseline
-from lm_saes.lm.language_model import LanguageModel, load_model
-from lm_saes.models.initializer import Initializer
+from lm_saes.lm.language_model import LanguageModel
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import RunFolder, disk_errors, write_json
+from lm_saes.records import check_finished, check_same, provenance, settings_of_run, settings_record
+from lm_saes.training.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    disk_errors,
+    failure_of,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+    write_failure,
+    write_json,
+)
 from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
-from lm_saes.training.trainer import Trainer
-from lm_saes.version import __version__
+from lm_saes.training.loop import train
+from lm_saes.training.resume import common_checkpoints
+from lm_saes.training.run import Run
 
 if TYPE_CHECKING:
-    from lm_saes.activations.factory import ActivationStream
+    from lm_saes.models.initialization_report import InitializationReport
     from lm_saes.training.loggers import Logger
-
-FOLDABLE = ("dataset-wise", "batch-wise")
-"""The normalisations whose scale is a constant after training, so that it can be folded into the weights."""
-
-EVALUATION_ROWS = 8
-"""Contexts in one batch of an evaluation: small enough for any machine, large enough to keep it busy."""
 
 TOKENS_DURING_TRAINING = 50_000
 """Tokens of the evaluations inside a training."""
+
+Report = Callable[[TrainSAESettings, str, Any], None]
+"""Gets to know, for a run, what is known by name: "model", "initialization", "stream", "evaluation"."""
+
+
+class Outcome(NamedTuple):
+    """What became of one run."""
+
+    settings: TrainSAESettings
+    sae: SparseDictionary | None
+    """The finished dictionary; `None` if the run was stopped."""
+    error: NonFiniteError | None
+    """What stopped it."""
 
 
 def train_sae(
@@ -71,38 +83,126 @@ def train_sae(
     Raises:
         LmSaesError: anything a user can mend; nothing is left half-written.
     """
-    report = report or _silent
-    folder = Path(settings.trainer.exp_result_path)
-    newest = RunFolder(folder).open(resume) if folder.exists() else None
-    if newest is not None:
-        check_same(settings, folder)
-    placed = with_device(settings)
-    model = open_model(placed)
-    report("model", model)
-    check_joints(settings, model)
-    stream = open_stream(placed, model, settings.trainer.seed)
-    table = settings_record(settings)
-    configured = _configured_loggers(settings, table)
+    tell = report or (lambda _name, _value: None)
+    (outcome,) = train_together([settings], resume=resume, loggers=[loggers], report=lambda _, name, value: tell(name, value))
+    if outcome.sae is None:
+        assert outcome.error is not None
+        raise outcome.error
+    return outcome.sae
 
-    if newest is not None:
-        sae = SparseDictionary.from_pretrained(newest, fold_activation_scale=False, device=placed.sae.device)
-    else:
-        sae = start_dictionary(placed, stream, model, report, folder)
-    sae.provenance = provenance(settings, model)
-    _write(folder / "settings.json", table)
 
-    trainer = Trainer(settings.trainer, loggers=[*loggers, *configured], settings=table, resume=resume)
-    trainer.fit(sae, stream, _evaluation_during_training(placed, model) if settings.eval else None)
-    report("stream", stream)
+def train_together(members: Sequence[TrainSAESettings], *, resume: bool, loggers: Sequence[Sequence[Logger]], report: Report) -> list[Outcome]:
+    """Train dictionaries on one stream, each in a run's folder of its own. Each becomes what it would have become alone.
+
+    Args:
+        members: Settings that differ in nothing that the stream is made of (see `SweepSAESettings.members`).
+        resume: Go on from the newest moment of which all have a whole checkpoint; afresh where there is none.
+        loggers: For each member, where metrics go beside `metrics.jsonl` and what the settings name.
+
+    Raises:
+        LmSaesError: anything a user can mend, but for a number that is not finite: that stops one run, and its outcome says so.
+    """
+    several = len(members) > 1
+    failures = {index: failure for index, settings in enumerate(members) if resume and several and (failure := failure_of(_folder(settings)))}
+    errors = {index: NonFiniteError(failure) for index, failure in failures.items()}
+    going = {index: settings for index, settings in enumerate(members) if index not in errors}
+    checkpoints = dict(zip(going, _open_folders(list(going.values()), resume), strict=True))
+    placed = {index: with_device(settings) for index, settings in going.items()}
+    model = open_model(with_device(members[0]))
+    report(members[0], "model", model)
+    for settings in members:
+        check_joints(settings, model)
+    stream = open_stream(with_device(members[0]), model, members[0].data_seed)
+    configured = {index: [*loggers[index], *_configured_loggers(settings, several)] for index, settings in going.items()}
+
+    runs: dict[int, Run] = {}
+    start = stream if len(going) == 1 or any(checkpoints.values()) else _first_batches(members[0], stream)
+    bearer = max(going, key=lambda index: _step(checkpoints[index]), default=None)  # of one moment, so one is read with the stream's state
+    for index, settings in placed.items():
+        try:
+            sae, checkpoint = _dictionary(settings, start, model, checkpoints[index], report, with_stream=index == bearer)
+        except NonFiniteError as error:
+            errors[index] = error
+            if several:
+                write_failure(_folder(settings), 0, error)
+            continue
+        table = settings_record(members[index])
+        sae.provenance = provenance(members[index], model)
+        _write(_folder(settings) / "settings.json", table)
+        eval_fn = _evaluation_during_training(settings, model) if settings.eval else None
+        runs[index] = Run(sae, settings.trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, eval_fn=eval_fn)
+    del start
+    if runs:
+        train(list(runs.values()), stream)
+        report(members[0], "stream", stream)
+    errors |= {index: run.error for index, run in runs.items() if run.error is not None}
+    finished = {index: run.sae for index, run in runs.items() if run.error is None}
+    runs.clear()  # and with them the optimizers
+    for index, sae in finished.items():
+        _save(sae, members[index])
+    baselines: dict[tuple[str, int], Metrics] = {}
+    for index, sae in finished.items():
+        if placed[index].eval:
+            results = evaluate_dictionary(sae, placed[index].eval_config, placed[index], model, baselines=baselines)
+            write_json(_folder(members[index]) / "evaluation.json", results)
+            report(members[index], "evaluation", results)
+    return [Outcome(settings, finished.get(index), errors.get(index)) for index, settings in enumerate(members)]
+
+
+def _folder(settings: TrainSAESettings) -> Path:
+    return Path(settings.trainer.exp_result_path)
+
+
+def _open_folders(members: Sequence[TrainSAESettings], resume: bool) -> Sequence[Path | None]:
+    """For each run the checkpoint to go on from, all of one moment; `None` for all where none is to be gone on from."""
+    newest = [RunFolder(_folder(settings)).open(resume) if _folder(settings).exists() else None for settings in members]
+    for settings, checkpoint in zip(members, newest, strict=True):
+        if checkpoint is not None:
+            check_same(settings, _folder(settings))
+    if len(members) == 1 or not any(newest):
+        return newest
+    return common_checkpoints([settings.trainer for settings in members]) or [None] * len(members)
+
+
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
+
+
+def _first_batches(settings: TrainSAESettings, stream: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the dictionaries are initialised from, all from the same batches."""
+    n = 0 if isinstance(settings.sae, PretrainedSAE) else (settings.initializer or InitializerConfig()).n_batches
+    return list(itertools.islice(stream, n))
+
+
+def _dictionary(
+    settings: TrainSAESettings,
+    start: Iterable[dict[str, Any]],
+    model: LanguageModel | None,
+    folder: Path | None,
+    report: Report,
+    with_stream: bool,
+) -> tuple[SparseDictionary, Checkpoint | None]:
+    """A run's dictionary as it starts or goes on, and the checkpoint in `folder` that it goes on from."""
+    if folder is not None:
+        sae = SparseDictionary.from_pretrained(folder, fold_activation_scale=False, device=settings.sae.device)
+        return sae, read_checkpoint(folder, with_stream)
+
+    def initialized(measured: InitializationReport) -> None:
+        _write(_folder(settings) / "initialization.json", measured.as_dict())
+        report(settings, "initialization", measured)
+
+    sae = start_dictionary(settings, start, model, initialized)
+    if settings.trainer.from_pretrained_path is not None:
+        load_weights(sae, find_checkpoint(settings.trainer.from_pretrained_path))
+    return sae, None
+
+
+def _save(sae: SparseDictionary, settings: TrainSAESettings) -> None:
+    """The finished dictionary, folded, in the run's folder."""
     if settings.fold_activation_scale and sae.cfg.norm_activation in FOLDABLE:
         sae.fold_activation_scale()
-    with disk_errors(str(folder)):
-        sae.save_pretrained(folder)
-    if settings.eval:
-        results = evaluate_dictionary(sae, settings.eval_config, placed, model)
-        write_json(folder / "evaluation.json", results)
-        report("evaluation", results)
-    return sae
+    with disk_errors(settings.trainer.exp_result_path):
+        sae.save_pretrained(settings.trainer.exp_result_path)
 
 
 def evaluate_sae(settings: EvaluateSAESettings, *, baseline: bool = False) -> dict[str, dict[str, Any]]:
@@ -119,112 +219,36 @@ def evaluate_sae(settings: EvaluateSAESettings, *, baseline: bool = False) -> di
     return evaluate_dictionary(sae, settings.eval, placed, model, baseline)
 
 
-# ----------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _silent(name: str, value: Any) -> None:
-    """A report that nobody reads."""
-    del name, value
-
-
-def with_device(settings: Any) -> Any:
-    """The settings with `device_type` given to the language model and the dictionary, unless they name a device of their own."""
-    from lm_saes.devices import resolve_device
-
-    name = str(resolve_device(settings.device_type))
-
-    def placed(config: BaseModelConfig | None) -> BaseModelConfig | None:
-        if config is None or ("device" in config.model_fields_set and config.device != "auto"):
-            return config
-        return config.replace(device=name)
-
-    return settings.replace(model=placed(settings.model), sae=placed(settings.sae))
-
-
-def load_dictionary(reference: PretrainedSAE) -> SparseDictionary:
-    """Saved weights. They are folded where the reference asks for it and where folding exists: a dictionary whose scale is that of each vector
-    (token-wise), and one that was folded already, are loaded as they are."""
-    foldable = SAEConfig.from_pretrained(reference.pretrained_name_or_path).norm_activation in FOLDABLE
-    return SparseDictionary.from_pretrained(
-        reference.pretrained_name_or_path,
-        fold_activation_scale=reference.fold_activation_scale and foldable,
-        strict_loading=reference.strict_loading,
-        device=reference.device,
-        dtype=reference.dtype,
-    )
-
-
-def open_model(settings: Settings) -> LanguageModel | None:
-    """The language model of the settings, if they name one."""
-    return None if settings.model is None else load_model(settings.model)
-
-
-def open_stream(settings: Settings, model: LanguageModel | None, seed: int) -> ActivationStream:
-    """The training stream of the settings."""
-    datasets = {source.name: settings.dataset(source.name) for source in settings.activation_factory.sources}
-    return ActivationFactory(settings.activation_factory).process(model=model, model_name=settings.model_name, datasets=datasets, seed=seed)
-
-
-def evaluation_stream(settings: Settings, model: LanguageModel | None, seed: int = 0) -> ActivationStream:
-    """The settings' text in context (2D), from its held-out side where there is one: `eval_datasets`, or the demo corpus's own split."""
-    held_out: dict[str, DatasetConfig] = getattr(settings, "eval_datasets", None) or {}
-    datasets = {}
-    for source in settings.activation_factory.sources:
-        dataset = held_out.get(source.name) or settings.dataset(source.name)
-        if source.name not in held_out and dataset.dataset_name_or_path == "demo":
-            dataset = dataset.replace(split="heldout")
-        datasets[source.name] = dataset
-    factory = settings.activation_factory.replace(
-        target=ActivationFactoryTarget.ACTIVATIONS_2D,
-        batch_size=EVALUATION_ROWS,
-        model_batch_size=EVALUATION_ROWS,
-        buffer_size=None,
-        buffer_shuffle=None,
-        max_buffer_bytes=None,
-    )
-    return ActivationFactory(factory).process(model=model, model_name=settings.model_name, datasets=datasets, seed=seed)
-
-
 def evaluate_dictionary(
-    sae: SparseDictionary, cfg: EvalConfig, settings: Settings, model: LanguageModel | None, baseline: bool = False
+    sae: SparseDictionary,
+    cfg: EvalConfig,
+    settings: StreamSettings,
+    model: LanguageModel | None,
+    baseline: bool = False,
+    baselines: dict[tuple[str, int], Metrics] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The dictionary's metrics on held-out text, and those of PCA on the same text: of the rank that the config names or, with `baseline`
-    and none named, of the dictionary's measured L0."""
+    and none named, of the dictionary's measured L0. `baselines` keeps the latter, by hook point and rank, for other dictionaries on the same text."""
     metrics = Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)
     results: dict[str, dict[str, Any]] = {"sae": metrics}
     rank = cfg.baseline_pca
     if rank is None and baseline:
         rank = min(max(1, round(metrics["metrics/l0"])), sae.cfg.d_model)  # pyright: ignore[reportArgumentType]  # L0 is a number
     if rank is not None:
-        fitting = open_stream(settings, model, seed=1)
-        pca = PCABaseline(rank, sae.cfg.hooks_out[0]).fit(fitting, n_tokens=min(200_000, cfg.total_eval_tokens))
-        results[f"pca-{rank}"] = Evaluator(cfg).evaluate(pca, evaluation_stream(settings, model), model=model)
+        hook, known = sae.cfg.hooks_out[0], {} if baselines is None else baselines
+        if (hook, rank) not in known:
+            pca = PCABaseline(rank, hook).fit(open_stream(settings, model, seed=1), n_tokens=min(200_000, cfg.total_eval_tokens))
+            known[hook, rank] = Evaluator(cfg).evaluate(pca, evaluation_stream(settings, model), model=model)
+        results[f"pca-{rank}"] = known[hook, rank]
     return results
 
 
-def start_dictionary(
-    settings: TrainSAESettings,
-    stream: Iterable[dict[str, Any]],
-    model: LanguageModel | None,
-    report: Callable[[str, Any], None] = _silent,
-    folder: Path | None = None,
-) -> SparseDictionary:
-    """A fresh dictionary: initialised from the start of the stream, or loaded from saved weights (fine-tuning)."""
-    if isinstance(settings.sae, PretrainedSAE):
-        return load_dictionary(settings.sae)
-    initializer = Initializer(settings.initializer or InitializerConfig())
-    sae = initializer.initialize_sae_from_config(settings.sae, stream, model=model, seed=settings.trainer.seed)
-    if folder is not None:
-        _write(folder / "initialization.json", initializer.report.as_dict())
-    report("initialization", initializer.report)
-    return sae
-
-
-def _configured_loggers(settings: TrainSAESettings, table: dict[str, Any]) -> list[Logger]:
+def _configured_loggers(settings: TrainSAESettings, several: bool) -> list[Logger]:
     """The loggers that the settings name."""
     loggers: list[Logger] = []
+    table = settings_record(settings)
     if settings.wandb is not None:
-        loggers.append(WandbLogger(settings.wandb, table))
+        loggers.append(WandbLogger(settings.wandb, table, beside_others=several))
     if settings.tensorboard is not None:
         loggers.append(TensorBoardLogger(settings.tensorboard, settings.trainer.exp_result_path))
     if settings.trackio is not None:
@@ -238,110 +262,11 @@ def _evaluation_during_training(settings: TrainSAESettings, model: LanguageModel
     return lambda sae: Evaluator(cfg).evaluate(sae, evaluation_stream(settings, model), model=model)
 
 
-def dictionary_config(settings: TrainSAESettings | EvaluateSAESettings) -> SAEConfig:
-    """The configuration of the settings' dictionary, read from its folder where it is a saved one."""
-    sae = settings.sae
-    return sae if isinstance(sae, SAEConfig) else SAEConfig.from_pretrained(sae.pretrained_name_or_path)
-
-
-def check_joints(settings: TrainSAESettings | EvaluateSAESettings, model: LanguageModel | None) -> None:
-    """The dictionary's hook points are captured, exist in the model, and are as wide as the dictionary.
-
-    Raises:
-        ConfigError, HookPointError, WeightsError: they are not; or the saved dictionary that is named cannot be read.
-    """
-    cfg, captured = dictionary_config(settings), settings.activation_factory.hook_points
-    missing = [hook for hook in cfg.associated_hook_points if hook not in captured]
-    if missing:
-        raise ConfigError(f"activation_factory.hook_points lacks {missing}, which the dictionary reads or reconstructs")
-    if model is not None:
-        widths = {hook: model.hook_width(hook) for hook in captured}
-        for hook in cfg.associated_hook_points:
-            if widths[hook] != cfg.d_model:
-                raise HookPointError(f"d_model is {cfg.d_model}, but '{hook}' is {widths[hook]} wide; set sae.d_model = {widths[hook]}")
-
-
-def check_same(settings: TrainSAESettings, folder: Path) -> None:
-    """A run goes on with the dictionary, the model and the text that it began with.
-
-    Raises:
-        ConfigError: one of them is another one now.
-    """
-    if not (folder / "settings.json").is_file():
-        return
-    before, now = settings_of_run(folder).as_dict(), settings.as_dict()
-    for part in ("sae", "initializer", "model", "datasets", "activation_factory"):
-        old, new = before[part], now[part]
-        if isinstance(old, dict) and isinstance(new, dict):
-            differing = [name for name in new if name != "device" and old.get(name) != new[name]]
-            part, old, new = (f"{part}.{differing[0]}", old.get(differing[0]), new[differing[0]]) if differing else (part, None, None)
-        if old != new:
-            raise ConfigError(f"{folder} was begun with {part} = {old}, got {new}; resume with its own settings, or choose another exp_result_path")
-
-
-def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[str, Any]:
-    """What a saved dictionary says about where it comes from."""
-    record: dict[str, Any] = {
-        "sae_name": settings.sae_name,
-        "sae_series": settings.sae_series,
-        "hook_points": settings.activation_factory.hook_points,
-        "datasets": {source.name: settings.dataset(source.name).as_dict() for source in settings.activation_factory.sources},
-        "context_size": settings.activation_factory.context_size,
-        "total_training_tokens": settings.trainer.total_training_tokens,
-        "seed": settings.trainer.seed,
-    }
-    if settings.model is not None and model is not None:
-        record["model"] = settings.model.model_dump(mode="json", exclude={"device"})
-        record["model_identity"] = model.provenance()
-    return record
-
-
 def _write(path: Path, table: dict[str, Any]) -> None:
     """Write a JSON file of a run; the folder is made now, when everything that can be checked was checked."""
     with disk_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table)
-
-
-def settings_record(settings: TrainSAESettings) -> dict[str, Any]:
-    """What `settings.json` holds: the settings that were given (defaults depend on the run's length and on the machine, so they must stay
-    defaults when the file is read again), versions, and all settings as they were resolved."""
-    return {"versions": versions(), **settings.model_dump(mode="json", exclude_unset=True), "resolved": settings.as_dict()}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a run's results depend on."""
-    from importlib.metadata import version
-
-    return {"lm_saes": __version__, "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version()}
-
-
-def settings_of_run(folder: str | Path) -> TrainSAESettings:
-    """The settings that a run's folder was made with.
-
-    Raises:
-        ConfigError: the folder holds no run, or its settings are not readable.
-    """
-    path = Path(folder) / "settings.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} is not a run's folder: there is no settings.json in it") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} must hold a table of settings, got {type(table).__name__}")
-    return validated(TrainSAESettings, {name: value for name, value in table.items() if name not in RUN_RECORDS}, origin=str(path))
-
-
-def check_finished(folder: str | Path) -> None:
-    """The run in the folder has its dictionary.
-
-    Raises:
-        RunFolderError: it was not trained to its end.
-    """
-    if not (Path(folder) / CONFIG_FILE).is_file():
-        raise RunFolderError(f"the run in {folder} is not finished; finish it with lm-saes train {Path(folder) / 'settings.json'} --resume")
 
 
 def load_run(folder: str | Path, device: str = "auto") -> tuple[SparseDictionary, TrainSAESettings, LanguageModel | None]:
@@ -357,4 +282,4 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[SparseDictionary
     return sae, placed, open_model(placed)
 
 
-__all__ = ["evaluate_sae", "load_run", "settings_of_run", "train_sae"]
+__all__ = ["Outcome", "evaluate_dictionary", "evaluate_sae", "load_run", "train_sae", "train_together"]

@@ -12,7 +12,8 @@ from lm_saes.config.activations import (
 )
 from lm_saes.config.base import BaseConfig, BaseModelConfig, load_settings
 from lm_saes.config.dictionaries import InitializerConfig, PretrainedSAE, SAEConfig, SparseDictionaryConfig
-from lm_saes.config.settings import EvalConfig, EvaluateSAESettings, Settings, TrainSAESettings
+from lm_saes.config.settings import EvalConfig, EvaluateSAESettings, Settings, StreamSettings, TrainSAESettings
+from lm_saes.config.sweep import SweepingItem, SweepSAESettings
 from lm_saes.config.training import TensorBoardConfig, TrackioConfig, TrainerConfig, WandbConfig
 
 BaseSAEConfig = SparseDictionaryConfig
@@ -21,5 +22,5 @@ __all__ = [
     "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactorySource",
     "ActivationFactoryTarget", "BaseConfig", "BaseModelConfig", "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig",
     "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig", "PretrainedSAE", "SAEConfig", "Settings", "SparseDictionaryConfig",
-    "TensorBoardConfig", "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig", "load_settings",
+    "StreamSettings", "SweepSAESettings", "SweepingItem", "TensorBoardConfig", "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig", "load_settings",
 ]  # fmt: skip

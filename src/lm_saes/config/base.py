@@ -186,11 +186,12 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                 index += 1
             else:
                 text = "true"
-        _place(table, name.replace("-", "_").split("."), _value(text))
+        _place(table, name.replace("-", "_").split("."), value_of(text))
     return table
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """A value from the command line: JSON where it is JSON, text otherwise; `none` is null."""
     if text.lower() == "none":
         return None
     try:

@@ -30,13 +30,9 @@ class EvalConfig(BaseConfig):
     """Evaluate PCA of this rank beside the dictionary, fitted on the start of the training text."""
 
 
-class Settings(BaseConfig):
-    """What all runs share."""
+class StreamSettings(BaseConfig):
+    """A stream of activations, and where it is computed."""
 
-    sae_name: str
-    """Name of the dictionary."""
-    sae_series: str = "default"
-    """Series it belongs to."""
     activation_factory: ActivationFactoryConfig
     """The stream of activations."""
     model: LanguageModelConfig | None = None
@@ -51,8 +47,6 @@ class Settings(BaseConfig):
     """Must be 1 in this version."""
     device_type: str = "auto"
     """Device of the language model and the dictionary: auto, cpu, cuda, mps."""
-    wandb: WandbConfig | None = None
-    """Report to Weights & Biases too."""
     mongo: None = None
     """Not supported: features are stored in one SQLite file."""
 
@@ -82,15 +76,20 @@ class Settings(BaseConfig):
         return (self.datasets or {}).get(name) or DatasetConfig(dataset_name_or_path="demo")
 
 
-class TrainSAESettings(Settings):
-    """Train an SAE or a transcoder, from scratch or from saved weights."""
+class Settings(StreamSettings):
+    """What all jobs on one dictionary share."""
 
-    sae: SAEOrPretrained
-    """The dictionary to build, or saved weights to fine-tune."""
-    trainer: TrainerConfig
-    """The run."""
-    initializer: InitializerConfig | None = None
-    """How it starts (`None`: the defaults of `InitializerConfig`)."""
+    sae_name: str
+    """Name of the dictionary."""
+    sae_series: str = "default"
+    """Series it belongs to."""
+    wandb: WandbConfig | None = None
+    """Report to Weights & Biases too."""
+
+
+class TrainingSettings(StreamSettings):
+    """What one run and many runs on one stream share."""
+
     eval: bool = False
     """Evaluate at the end (on held-out text where `eval_datasets` names some) and every `eval_frequency` steps."""
     eval_config: EvalConfig = EvalConfig()
@@ -99,6 +98,19 @@ class TrainSAESettings(Settings):
     """Held-out text for evaluation, by source name; sources without an entry keep their training text ("demo": its held-out split)."""
     fold_activation_scale: bool = True
     """Fold the activation scale into the final weights."""
+
+
+class TrainSAESettings(TrainingSettings, Settings):
+    """Train an SAE or a transcoder, from scratch or from saved weights."""
+
+    sae: SAEOrPretrained
+    """The dictionary to build, or saved weights to fine-tune."""
+    trainer: TrainerConfig
+    """The run."""
+    initializer: InitializerConfig | None = None
+    """How it starts (`None`: the defaults of `InitializerConfig`)."""
+    stream_seed: int | None = None
+    """Seeds the order of the data, the mixing and the shuffling; `None` takes `trainer.seed`. The members of a sweep share it."""
     tensorboard: TensorBoardConfig | None = None
     """Write TensorBoard event files too."""
     trackio: TrackioConfig | None = None
@@ -111,6 +123,11 @@ class TrainSAESettings(Settings):
             if missing:
                 raise ValueError(f"activation_factory.hook_points lacks {missing}, which the dictionary reads or reconstructs")
         return self
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the stream."""
+        return self.trainer.seed if self.stream_seed is None else self.stream_seed
 
 
 class EvaluateSAESettings(Settings):

@@ -35,6 +35,7 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "optimizer.safetensors"
 STREAM_FOLDER = "stream"
 METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failure.json"
 _TEMPORARY = ".unfinished_"
 _DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _TENSOR_KEY = "__tensor__"
@@ -154,6 +155,21 @@ def write_json(path: str | Path, table: Any) -> None:
     """
     with disk_errors(str(path)):
         write_atomically(Path(path), json.dumps(table, indent=2) + "\n")
+
+
+def write_failure(run_folder: str | Path, step: int, error: Exception) -> None:
+    """Keep in a run's folder what stopped the run, and after how many steps."""
+    with disk_errors(str(run_folder)):
+        Path(run_folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(run_folder) / FAILURE_FILE, {"step": step, "error": str(error)})
+
+
+def failure_of(run_folder: str | Path) -> str | None:
+    """What stopped a run, if it was stopped by a number that is not finite and has not gone on since."""
+    try:
+        return json.loads((Path(run_folder) / FAILURE_FILE).read_text(encoding="utf-8"))["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

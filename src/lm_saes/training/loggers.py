@@ -193,16 +193,18 @@ def _needed(module: str, package: str, extra: str) -> Any:
 
 
 class WandbLogger(ObjectLogger):
-    """Weights & Biases. The run starts when the logger is made; the mode comes from the environment variable WANDB_MODE.
+    """Weights & Biases. The run starts when the logger is made, and leaves other runs of this process alone if it is `beside_others`; the mode
+    comes from the environment variable WANDB_MODE.
 
     Raises:
         ConfigError: the package is not installed.
     """
 
-    def __init__(self, cfg: WandbConfig, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, cfg: WandbConfig, settings: Mapping[str, Any] | None = None, beside_others: bool = False) -> None:
         wandb = _needed("wandb", "wandb", "wandb")
         self.run = wandb.init(
-            project=cfg.wandb_project, name=cfg.exp_name, entity=cfg.wandb_entity, id=cfg.wandb_run_id, resume=cfg.wandb_resume, config=dict(settings or {})
+            project=cfg.wandb_project, name=cfg.exp_name, entity=cfg.wandb_entity, id=cfg.wandb_run_id, resume=cfg.wandb_resume, config=dict(settings or {}),
+            **({"reinit": "create_new"} if beside_others else {}),
         )  # fmt: skip
         super().__init__(self.run)
 

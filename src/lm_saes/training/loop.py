@@ -79,6 +79,8 @@ def _loop(runs: Sequence[Run], stream: Any, batches: Iterator[Batch], interrupti
             return True
         for run in active:
             run.step(batch)
+            if run.error is not None and len(runs) > 1:  # else whoever called says it
+                run.message(f"stopped: {run.error}")
         if interruption.requested or any(run.error is None and run.checkpoint_is_due for run in active):
             paths = _save(active, stream)
             if interruption.requested:

@@ -16,7 +16,7 @@ import torch
 from lm_saes.config import TrainerConfig
 from lm_saes.errors import NonFiniteError
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import Checkpoint, write_checkpoint
+from lm_saes.training.checkpoint import FAILURE_FILE, Checkpoint, write_checkpoint, write_failure
 from lm_saes.training.loggers import JsonLines, Logger
 from lm_saes.training.metrics import to_host
 from lm_saes.training.nonfinite import NonFiniteWatch
@@ -84,6 +84,7 @@ class Run:
             ConfigError: options that contradict each other or the dictionary.
         """
         self.sae.train()
+        (Path(self.cfg.exp_result_path) / FAILURE_FILE).unlink(missing_ok=True)
         checkpoint, self.checkpoint = self.checkpoint, None  # it holds copies of all moments
         self._tokens_per_batch = tokens_per_batch if checkpoint is None else checkpoint.state["tokens_per_batch"]
         self.total_steps = total_steps(self.cfg, self._tokens_per_batch)
@@ -111,11 +112,11 @@ class Run:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step on a flat batch, of which it takes its own hook points; then metrics and evaluation where they are due.
-        A number that is not finite finishes the run; it is kept in `error`, and the weights are those before it."""
+        A number that is not finite ends the run; `error` says where it was (`failure.json` too), and the weights are those before it."""
         try:
             self._step(flat_batch(batch, self.hook_points, self.device))
         except NonFiniteError as error:
-            self.error = error
+            self._stop(error)
 
     def _step(self, batch: Batch) -> None:
         cfg, done = self._training.cfg, self.cur_step + 1
@@ -146,7 +147,11 @@ class Run:
         try:
             self._training.watch.settle()
         except NonFiniteError as error:
-            self.error = error
+            self._stop(error)
+
+    def _stop(self, error: NonFiniteError) -> None:
+        self.error = error
+        write_failure(self.cfg.exp_result_path, self.cur_step, error)
 
     def message(self, text: str) -> None:
         """One line for a person."""
