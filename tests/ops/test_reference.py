@@ -14,7 +14,7 @@ D, F = 4, 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", autouse=True, params=["reference", "sparse"])
+@pytest.fixture(scope="module", autouse=True, params=["reference", "sparse", "auto"])
 def implementation(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_SAES_OPS", request.param)

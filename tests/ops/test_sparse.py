@@ -7,14 +7,18 @@ from hypothesis import strategies as st
 
 from lm_saes import ops
 from lm_saes.errors import ConfigError
-from lm_saes.ops import Encoder, SparseCodes, reference, torch_kernels
+from lm_saes.ops import Encoder, SparseCodes, native, reference, torch_kernels
 from lm_saes.ops import sparse as sparse_module
 from lm_saes.ops.sparse import SparseOps
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}
 SELECTIONS = ["topk", "batchtopk", "relu", "threshold", "jumprelu"]
-sparse = SparseOps(torch_kernels, largest_density=1.0)  # never dense
+sparse = SparseOps((torch_kernels,), largest_density=1.0)  # never dense
+in_cpp = SparseOps((native, torch_kernels), largest_density=1.0)
+
+
+needs_cpp = pytest.mark.skipif(not native.available(), reason=native.describe())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,16 +107,31 @@ def test_codes_and_gradients_agree(select, fused, data):
 @pytest.mark.parametrize("fused", [False, True, "both"])
 @pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("glu", [False, True])
-def test_float32_agrees(select, glu, fused):
+@pytest.mark.parametrize("run", [sparse, pytest.param(in_cpp, marks=needs_cpp)], ids=["torch", "native"])
+def test_float32_agrees(select, glu, fused, run):
     mask = torch.arange(70) % 5 != 0
-    check_agreement(select, *problem(70, 32, 128, glu, True, 0, torch.float32), 8, mask, fused, rtol=1e-5, atol=1e-5)
+    check_agreement(select, *problem(70, 32, 128, glu, True, 0, torch.float32), 8, mask, fused, run, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("fused", [False, True, "both"])
+@pytest.mark.parametrize("select", SELECTIONS)
+@quick
+@given(st.data())
+def test_native_codes_and_gradients_agree(select, fused, data):
+    """Any shape, down to nothing."""
+    N, D, F = data.draw(st.integers(0, 11)), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
+    k, norm, seed = data.draw(st.integers(0, min(F + 1, 12))), data.draw(st.booleans()), data.draw(st.integers(0, 1000))
+    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=N, max_size=N).map(lambda kept: torch.tensor(kept, dtype=torch.bool)))
+    parts = problem(N, D, F, False, norm, seed, torch.float32)
+    check_agreement(select, *parts, k, mask, fused, in_cpp, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("select", ["relu", "threshold", "jumprelu"])
 @pytest.mark.parametrize("bias", [0.0, -4.0])
 def test_codes_are_sparse_where_few_latents_fire(select, bias):
     """The form follows the number of entries of some rows; the numbers are those of the reference either way."""
-    run = SparseOps(torch_kernels, largest_density=0.1)
+    run = SparseOps((torch_kernels,), largest_density=0.1)
     x, W_D, encoder = problem(50, 8, 64, False, False, 1)
     encoder = encoder._replace(b=torch.full((64,), bias, dtype=torch.float64, requires_grad=True))
     codes = select_codes(run, select, x, encoder, 1, None, torch.full((64,), 0.5, dtype=torch.float64))
@@ -267,19 +286,32 @@ def test_choosing(monkeypatch):
     x, W_D, encoder = problem(6, 3, 5, False, False, 0)
     ran = []
     monkeypatch.setattr(reference, "topk_codes", lambda *_: ran.append("reference"))
-    monkeypatch.setattr(SparseOps, "topk_codes", lambda *_: ran.append("sparse"))
+    monkeypatch.setattr(SparseOps, "topk_codes", lambda run, *_: ran.append("native" if native in run.kernels else "sparse"))
     monkeypatch.delenv("LM_SAES_OPS", raising=False)
-    assert "sparse on CPUs" in ops.explain()
+    monkeypatch.setattr(native, "available", lambda: True)
+    assert "on CPUs native" in ops.explain()
     assert "LM_SAES_OPS is not set" in ops.explain()
-    for name in (None, "auto", "sparse", "reference"):
+    for name in (None, "auto", "native", "sparse", "reference"):
         if name is not None:
             monkeypatch.setenv("LM_SAES_OPS", name)
             assert name in ops.explain()
         ops.topk_codes(x, encoder, 2)
-    assert ran == ["sparse", "sparse", "sparse", "reference"]
+    assert ran == ["native", "native", "native", "sparse", "reference"]
     monkeypatch.setenv("LM_SAES_OPS", "auto")
     ops.topk_codes(x.to("meta"), encoder, 2)
     assert ran[-1] == "reference"
     monkeypatch.setenv("LM_SAES_OPS", "fastest")
-    with pytest.raises(ConfigError, match="LM_SAES_OPS must be one of auto, reference, sparse, got 'fastest'"):
+    with pytest.raises(ConfigError, match="LM_SAES_OPS must be one of auto, reference, sparse, native, got 'fastest'"):
         ops.decode(torch.zeros(1, 5), W_D)
+
+
+def test_without_compiled_kernels_torch_serves(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "describe", lambda: "no native kernels: not compiled")
+    monkeypatch.setenv("LM_SAES_OPS", "auto")
+    assert "sparse, without dense codes, in torch (no native kernels: not compiled)" in ops.explain()
+    x, W_D, encoder = problem(6, 3, 5, False, False, 0, torch.float32)
+    assert ops.decode(ops.topk_codes(x, encoder, 2), W_D).shape == (6, 3)
+    monkeypatch.setenv("LM_SAES_OPS", "native")
+    with pytest.raises(ConfigError, match="not compiled; unset it to run in plain torch"):
+        ops.topk_codes(x, encoder, 2)

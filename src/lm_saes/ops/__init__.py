@@ -1,8 +1,9 @@
 """The operations that dictionaries are made of: one function each, and one place that chooses how it is computed.
 
-`reference.py` is the definition. `sparse.py`, the faster implementation, has to agree with it, outputs and gradients (tests/ops).
-It runs on CPUs, the reference elsewhere; the environment variable `LM_SAES_OPS` (auto, reference, sparse) forces one of them
-everywhere, and `explain()` says what runs and why.
+`reference.py` is the definition. `sparse.py`, which never builds dense codes, has to agree with it, outputs and gradients
+(tests/ops); it stands on kernels, in C++ where they are compiled and apply, else in torch. It runs on CPUs, the reference elsewhere;
+the environment variable `LM_SAES_OPS` (auto, reference, sparse, native) forces one of them everywhere, and `explain()` says what runs
+and why.
 
 Letters: N tokens, D model width, F latents; h pre-activations, q gate values (h, times the norm of the decoder row where the gate
 includes it). All comparisons are made in float32 or wider, also under autocast.
@@ -17,14 +18,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.ops import reference, torch_kernels
+from lm_saes.ops import native, reference, torch_kernels
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.sparse import SparseOps
 from lm_saes.ops.sparse_codes import Codes, SparseCodes, at_least_float32, counts, entries, latent_sums, map_codes, row_sums, scale_latents, to_dense
 
 ENVIRONMENT_VARIABLE = "LM_SAES_OPS"
-_IMPLEMENTATIONS = {"reference": reference, "sparse": SparseOps(torch_kernels, largest_density=0.09)}
-_FASTEST_ON_CPU, _FASTEST_ELSEWHERE = "sparse", "reference"
+_IMPLEMENTATIONS = {
+    "reference": reference,
+    "sparse": SparseOps((torch_kernels,), largest_density=0.09),
+    "native": SparseOps((native, torch_kernels), largest_density=0.09),
+}
 
 
 def _implementation(tensor: Tensor) -> Any:
@@ -34,22 +38,28 @@ def _implementation(tensor: Tensor) -> Any:
 def _chosen(device: str) -> str:
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name == "auto":
-        # Measured (benchmarks/README.md) on CPUs only. `sparse` asks the device how many entries there are, for BatchTopK.
-        return _FASTEST_ON_CPU if device == "cpu" else _FASTEST_ELSEWHERE
+        # Measured (benchmarks/README.md) on CPUs only. Sparse codes ask the device how many entries there are, but for TopK.
+        return ("native" if native.available() else "sparse") if device == "cpu" else "reference"
     if name not in _IMPLEMENTATIONS:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(('auto', *_IMPLEMENTATIONS))}, got '{name}'")
+    if name == "native" and not native.available():
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE}=native: {native.describe()}; unset it to run in plain torch")
     return name
 
 
 def explain() -> str:
     """Which implementation runs, and why, in one line."""
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    asked, chosen = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), _chosen("cpu")
+    how = {
+        "reference": "reference, the definition in plain torch",
+        "sparse": "sparse, without dense codes, in torch",
+        "native": f"native, without dense codes: {native.describe()}",
+    }[chosen]
     if asked != "auto":
-        return f"ops: {_chosen('cpu')} ({ENVIRONMENT_VARIABLE}={asked})"
-    return (
-        f"ops: {_chosen('cpu')} on CPUs (blocks of encoder products, gradients from the entries: measured faster there), "
-        f"{_chosen('other')} on other devices (nothing else is measured there); {ENVIRONMENT_VARIABLE} is "
-        + ("auto" if ENVIRONMENT_VARIABLE in os.environ else "not set")
+        return f"ops: {how} ({ENVIRONMENT_VARIABLE}={asked})"
+    why = "" if chosen == "native" else f" ({native.describe()})"
+    return f"ops: on CPUs {how}{why}; on other devices reference; {ENVIRONMENT_VARIABLE} is " + (
+        "auto" if ENVIRONMENT_VARIABLE in os.environ else "not set"
     )
 
 

@@ -2,7 +2,8 @@
 
 Forward, the encoder product is made for blocks of rows in one buffer, and only what is selected leaves it. Backward, everything comes
 from the entries of the codes. This file has the blocks and the gradients; the work on entries is done by kernels, of which there are
-two sets with the same functions: `torch_kernels` for every device and data type, `native` (C++) for float32 on a CPU.
+two sets with the same functions: `torch_kernels` for every device and data type, `native` (C++) for float32 on a CPU. Each piece of
+work goes to the first set that takes its tensors.
 
 ReLU, JumpReLU and thresholds have no fixed number of entries: where some sampled rows show that there are many, the codes are made
 dense, by the reference.
@@ -39,7 +40,8 @@ CANDIDATES = (1.25, 4.0)
 class SparseOps:
     """The operations of `lm_saes.ops` on top of one set of kernels."""
 
-    kernels: ModuleType
+    kernels: tuple[ModuleType, ...]
+    """Sets of kernels in order of preference; the last takes everything."""
     largest_density: float
     """Share of the latents that fire, above which dense codes are faster."""
 
@@ -53,7 +55,7 @@ class SparseOps:
         pieces = []
         with torch.no_grad():
             for block in _blocks(x, encoder):
-                values, indices = self.kernels.topk(block.h, block.gate_norm, k)
+                values, indices = self.on(block.h, block.gate_norm).topk(block.h, block.gate_norm, k)
                 pieces.append([values, indices, *(factor.gather(1, indices) for factor in block.factors)])
             values, indices, *factors = (torch.cat(piece).flatten() for piece in zip(*pieces, strict=True))
             offsets = torch.arange(n_rows + 1, device=x.device) * k
@@ -100,6 +102,10 @@ class SparseOps:
             return reference.reconstruct(codes, W_D, b_D, target)
         return _Reconstruct.apply(self, codes.pattern, codes.values.to(W_D.dtype), W_D, b_D, target)  # pyright: ignore[reportReturnType]
 
+    def on(self, *tensors: Tensor | None) -> ModuleType:
+        """The kernels for these tensors."""
+        return next(kernels for kernels in self.kernels if kernels.applies(*tensors))
+
     # ---------------------------------------------------------------------------------------------------- entries
 
     def _candidates(self, x: Tensor, encoder: Encoder, needed: int) -> _Found:
@@ -112,6 +118,8 @@ class SparseOps:
         return self._entries_above(x, encoder, 0.0)
 
     def _entries_if_few(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> _Found | None:
+        if isinstance(floor, Tensor) and floor.dim() == 0 and x.device.type == "cpu":
+            floor = float(floor)
         sample = self._entries_above(_sampled(x), encoder, floor)
         if sample.q.numel() > self.largest_density * sample.counts.numel() * encoder.W.shape[1]:
             return None
@@ -121,7 +129,8 @@ class SparseOps:
         """All entries with q > floor and h > 0."""
         pieces = []
         for block in _blocks(x, encoder):
-            counts, indices, h, q = self.kernels.above(block.h, block.gate_norm, floor)
+            kernels = self.on(block.h, block.gate_norm, floor if isinstance(floor, Tensor) else None)
+            counts, indices, h, q = kernels.above(block.h, block.gate_norm, floor)
             rows = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(indices)) if block.factors else None
             pieces.append([counts, indices, h, q, *(factor[rows, indices] for factor in block.factors)])
         counts, indices, h, q, *factors = (torch.cat(piece) for piece in zip(*pieces, strict=True))
@@ -133,7 +142,7 @@ class SparseOps:
         """The entries in the order of their latents; sorted once for each pattern."""
         entries = pattern.by_latent
         if entries is None:
-            entries = pattern.by_latent = self.kernels.by_latent(pattern)
+            entries = pattern.by_latent = self.on(pattern.indices, pattern.offsets).by_latent(pattern)
         return entries
 
     def _differentiable(self, x: Tensor, encoder: Encoder, codes: SparseCodes, factors: list[Tensor]) -> SparseCodes:
@@ -228,18 +237,19 @@ class _Decode(torch.autograd.Function):
     def forward(ctx, run: SparseOps, pattern: Pattern, values: Tensor, W_D: Tensor) -> Tensor:
         ctx.run, ctx.pattern = run, pattern
         ctx.save_for_backward(values, W_D)
-        return run.kernels.gather_sum(pattern, values, W_D)
+        return run.on(values, W_D).gather_sum(pattern, values, W_D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
         values, W_D = ctx.saved_tensors
-        kernels, to_values, to_weight = ctx.run.kernels, None, None
+        gradient, to_values, to_weight = gradient.contiguous(), None, None
+        kernels = ctx.run.on(gradient, values, W_D)
         if ctx.needs_input_grad[2]:
-            to_values = kernels.entry_dots(ctx.pattern, gradient.contiguous(), W_D).to(values.dtype)
+            to_values = kernels.entry_dots(ctx.pattern, gradient, W_D).to(values.dtype)
         if ctx.needs_input_grad[3]:
-            to_weight = kernels.latent_sums(ctx.run.by_latent(ctx.pattern), values, gradient.contiguous(), transposed=False).to(W_D.dtype)
+            to_weight = kernels.latent_sums(ctx.run.by_latent(ctx.pattern), values, gradient, transposed=False).to(W_D.dtype)
         return None, None, to_values, to_weight
 
 
@@ -251,7 +261,8 @@ class _Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run: SparseOps, pattern: Pattern, values: Tensor, W_D: Tensor, b_D: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
-        reconstruction, residual, squared_error, slopes = run.kernels.reconstruct(pattern, values, W_D, b_D, target)
+        kernels = run.on(values, W_D, b_D, target)
+        reconstruction, residual, squared_error, slopes = kernels.reconstruct(pattern, values, W_D, b_D, target)
         ctx.run, ctx.pattern, ctx.target_dtype = run, pattern, target.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, W_D, b_D, residual, slopes)
@@ -262,7 +273,7 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         to_reconstruction, to_error = gradients
         values, W_D, b_D, residual, slopes = ctx.saved_tensors
-        kernels, pattern = ctx.run.kernels, ctx.pattern
+        kernels, pattern = ctx.run.on(values, W_D, residual), ctx.pattern
         _, _, needs_values, needs_weight, needs_bias, needs_target = ctx.needs_input_grad
         weights = torch.zeros_like(residual[:, 0]) if to_error is None else 2 * to_error  # gradient to x^ is weights * residual, and more
         to_entries, matrix, row_weights = weights[pattern.rows] * slopes, residual, weights
@@ -304,7 +315,7 @@ class _Selected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, W_glu, fires, *factors = ctx.saved_tensors
-        kernels, pattern = ctx.run.kernels, ctx.pattern
+        kernels, pattern = ctx.run.on(x, W), ctx.pattern
         gradient = torch.where(fires, at_least_float32(gradients[0]), 0.0)
         to_h = [gradient]  # to x W + b, and to x W_glu + b_glu
         if factors:

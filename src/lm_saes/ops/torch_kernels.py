@@ -15,6 +15,11 @@ from torch.nn.functional import embedding_bag
 from lm_saes.ops.sparse_codes import ByLatent, Pattern, at_least_float32
 
 
+def applies(*tensors: Tensor | None) -> bool:  # noqa: ARG001
+    """They take everything."""
+    return True
+
+
 def topk(h: Float[Tensor, "n F"], gate_norm: Float[Tensor, " F"] | None, k: int) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
     """Values and latents of the k largest relu(q) of each row, in no order. A value is h, 0 where q is not positive."""
     gate, indices = _gate(h, gate_norm).topk(k, dim=-1, sorted=False)
