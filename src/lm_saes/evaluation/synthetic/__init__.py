@@ -1,0 +1,1 @@
+"""Ground truth: activations that are made of known features, and how well a dictionary finds them (SynthSAEBench, arXiv 2602.14687)."""
