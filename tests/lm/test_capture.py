@@ -261,5 +261,6 @@ def test_attention_is_pytorchs_own_and_no_logits_are_made_for_activations(family
     with counting(lm) as finished:
         lm.capture(IDS, None, [f"blocks.{LAYERS - 1}.hook_resid_post"])
     assert len(calls) == (0 if family == "gemma2" else LAYERS)  # Gemma 2 bends its attention scores by a tanh, which that function cannot
-    head = lm.model.get_output_embeddings() if lm.is_causal else None
-    assert head is None or not any(lm.model.get_submodule(path) is head for path in finished)
+    model: Any = lm.model
+    head = model.get_output_embeddings() if lm.is_causal else None
+    assert head is None or not any(model.get_submodule(path) is head for path in finished)

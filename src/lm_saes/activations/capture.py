@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lm_saes.activations.mix import Mix
+from lm_saes.activations.padding import forward_cost, groups_by_length
 from lm_saes.activations.stream import State, Stream, nested, part
 from lm_saes.activations.tokens import Tokens
 
@@ -118,17 +118,23 @@ class ActivationCapture:
         """The hook points' activations [B, S, D]; zero at padding."""
         if not self._hook_points:
             return {}
-        device, context_size = self._model.device, tokens.ids.shape[1]
-        if bool(tokens.attention_mask.all()):
-            captured = self._model.capture(tokens.ids.to(device), None, self._hook_points)
+        lengths = tokens.attention_mask.sum(1).tolist()
+        if min(lengths) == tokens.ids.shape[1]:
+            captured = self._model.capture(tokens.ids.to(self._model.device), None, self._hook_points)
             return {hook: self._cast(captured[hook]) for hook in self._hook_points}
-        longest = int(tokens.attention_mask.sum(1).max())  # rows are padded on the right: nothing is computed beyond the longest
-        attended = tokens.attention_mask[:, :longest].to(device)
-        captured = self._model.capture(tokens.ids[:, :longest].to(device), attended, self._hook_points)
-        return {
-            hook: F.pad(self._cast(captured[hook]).masked_fill(~attended[..., None], 0), (0, 0, 0, context_size - longest))
-            for hook in self._hook_points
-        }
+        activations: dict[str, Tensor] = {}
+        for group in groups_by_length(lengths, forward_cost(self._model.device)):
+            rows, longest = torch.tensor(group), max(lengths[row] for row in group)  # rows are padded on the right
+            attended = tokens.attention_mask[rows, :longest]
+            mask = None if bool(attended.all()) else attended.to(self._model.device)
+            captured = self._model.capture(tokens.ids[rows, :longest].to(self._model.device), mask, self._hook_points)
+            rows = rows.to(self._model.device)
+            for hook, values in captured.items():
+                values = self._cast(values) if mask is None else self._cast(values).masked_fill(~mask[..., None], 0)
+                if hook not in activations:
+                    activations[hook] = values.new_zeros(*tokens.ids.shape, values.shape[-1])
+                activations[hook][rows, :longest] = values
+        return activations
 
     def _cast(self, activations: Tensor) -> Tensor:
         return activations.to(device=self._model.device, dtype=self._dtype or activations.dtype)
