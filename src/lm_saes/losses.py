@@ -7,6 +7,7 @@ again for the latents that it looks at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -39,6 +40,7 @@ class HasLosses(Protocol):
 
     def encoder(self) -> Encoder: ...
     def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, "*shape"]: ...
+    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]: ...
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]: ...
     def learned_threshold(self) -> Float[Tensor, " F"] | None: ...
 
@@ -76,12 +78,14 @@ class LossWeights:
 
 
 def total_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """The loss, and its weighted terms by name: `mse_loss`, `sparsity_loss`, `lp_loss`, `aux_loss`, those that there are.
+    """The loss, and its weighted terms by name: `mse_loss`, `prefix_loss`, `sparsity_loss`, `lp_loss`, `aux_loss`, those that there are.
 
     Raises:
         ConfigError: the pre-activation loss is asked for where no threshold is learned, or the sparsity loss has no such type.
     """
     terms = {"mse_loss": reconstruction_loss(dictionary, inputs)}
+    if dictionary.cfg.matryoshka is not None:
+        terms["prefix_loss"] = prefix_loss(dictionary, inputs)
     if weights.sparsity_loss_type is not None:
         terms["sparsity_loss"] = weights.sparsity * sparsity_loss(dictionary, inputs, weights)
     if weights.lp is not None:
@@ -95,6 +99,17 @@ def reconstruction_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tens
     """sum_d (x^ - y)^2."""
     error = inputs.forward.squared_error
     return masked_mean(_squared_error(inputs.forward.reconstruction, inputs.target) if error is None else error, inputs.mask)
+
+
+def prefix_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tensor, ""]:
+    """sum_m w_m sum_d (x^_m - y)^2, x^_m the reconstruction by b_D and the first `widths[m]` latents alone: the inner levels of a
+    Matryoshka dictionary (Bussmann et al. 2025, arXiv 2503.17547). Zero where the dictionary has none."""
+    matryoshka = dictionary.cfg.matryoshka
+    if matryoshka is None:
+        return inputs.target.new_zeros(())
+    weights = matryoshka.weights or (1.0,) * len(matryoshka.widths)
+    errors = dictionary.prefix_errors(inputs.forward.codes, inputs.target, matryoshka.widths, matryoshka.detach)
+    return torch.stack([weight * masked_mean(error, inputs.mask) for weight, error in zip(weights, errors, strict=True)]).sum()
 
 
 def sparsity_loss(dictionary: HasLosses, inputs: LossInputs, weights: LossWeights) -> Float[Tensor, ""]:

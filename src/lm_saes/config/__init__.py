@@ -11,7 +11,7 @@ from lm_saes.config.activations import (
     LanguageModelConfig,
 )
 from lm_saes.config.base import BaseConfig, BaseModelConfig, load_settings
-from lm_saes.config.dictionaries import InitializerConfig, PretrainedSAE, SAEConfig, SparseDictionaryConfig
+from lm_saes.config.dictionaries import InitializerConfig, MatryoshkaConfig, PretrainedSAE, SAEConfig, SparseDictionaryConfig
 from lm_saes.config.settings import EvalConfig, EvaluateSAESettings, Settings, StreamSettings, TrainSAESettings
 from lm_saes.config.sweep import SweepingItem, SweepSAESettings
 from lm_saes.config.training import TensorBoardConfig, TrackioConfig, TrainerConfig, WandbConfig
@@ -21,6 +21,6 @@ BaseSAEConfig = SparseDictionaryConfig
 __all__ = [
     "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactorySource",
     "ActivationFactoryTarget", "BaseConfig", "BaseModelConfig", "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig",
-    "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig", "PretrainedSAE", "SAEConfig", "Settings", "SparseDictionaryConfig",
+    "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig", "MatryoshkaConfig", "PretrainedSAE", "SAEConfig", "Settings", "SparseDictionaryConfig",
     "StreamSettings", "SweepSAESettings", "SweepingItem", "TensorBoardConfig", "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig", "load_settings",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from abc import abstractmethod
 from pathlib import Path
@@ -19,6 +20,26 @@ CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 FILE_ONLY_KEYS = frozenset({"schema_version", "library_version", "provenance"})
 """What `config.json` holds beside the fields: where the dictionary comes from, and by which version it was written."""
+
+
+class MatryoshkaConfig(BaseConfig):
+    """Nested prefixes of the latents, each of which has to reconstruct alone (arXiv 2503.17547). The whole dictionary is always the last level,
+    with weight 1; what a prefix is and weighs matters to training only."""
+
+    widths: tuple[int, ...]
+    """Latents in each prefix, ascending, all below d_sae."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each prefix's squared error; `None`: 1 each."""
+    detach: bool = False
+    """A prefix's error moves only the latents that it adds to the prefix before it. (The error of the whole dictionary moves all.)"""
+
+    @model_validator(mode="after")
+    def _widths_ascend(self) -> Self:
+        if not self.widths or self.widths[0] < 1 or any(wider <= width for width, wider in itertools.pairwise(self.widths)):
+            raise ValueError(f"widths must be positive and ascending, got {list(self.widths)}")
+        if self.weights is not None and (len(self.weights) != len(self.widths) or min(self.weights) < 0):
+            raise ValueError(f"weights must be {len(self.widths)} numbers that are not negative, one for each width, got {list(self.weights)}")
+        return self
 
 
 class SparseDictionaryConfig(BaseModelConfig):
@@ -46,6 +67,8 @@ class SparseDictionaryConfig(BaseModelConfig):
     """Without effect: `lm_saes.ops` chooses the kernel. Accepted with a warning."""
     jumprelu_threshold_window: float = Field(default=2.0, gt=0)
     """Full width of the rectangular window of JumpReLU's straight-through gradient."""
+    matryoshka: MatryoshkaConfig | None = None
+    """Nested prefixes that reconstruct alone, in the order of the latents' numbers; `None`: the whole dictionary only."""
     dataset_average_activation_norm: dict[str, float] | None = None
     """Mean norm of the activations at each hook point, measured at initialisation (norm_activation="dataset-wise")."""
 
@@ -77,6 +100,10 @@ class SparseDictionaryConfig(BaseModelConfig):
             )
         if self.act_fn in {"topk", "batchtopk"} and self.top_k > self.d_sae:
             raise ValueError(f"top_k must be at most d_sae = {self.d_sae}, got {self.top_k}; lower top_k or raise expansion_factor")
+        if self.matryoshka is not None and self.matryoshka.widths[-1] >= self.d_sae:
+            raise ValueError(
+                f"matryoshka.widths must lie below d_sae = {self.d_sae}, which is always the last level, got {list(self.matryoshka.widths)}"
+            )
         unknown = set(self.dataset_average_activation_norm or ()) - set(self.associated_hook_points)
         if unknown:
             raise ValueError(

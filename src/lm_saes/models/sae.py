@@ -9,7 +9,8 @@ There is no subtraction of b_D before the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -69,6 +70,17 @@ class SparseAutoEncoder(SparseDictionary):
 
     def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
         return ops.reconstruct(codes, self.W_D, self.b_D, target)
+
+    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]:
+        # Block by block, each against what the ones before it leave over, so that no entry is decoded twice.
+        rest, errors = ops.at_least_float32(target), []
+        if self.b_D is not None:
+            rest = rest - ops.at_least_float32(self.b_D)
+        for start, stop in itertools.pairwise((0, *widths)):
+            block, error = ops.reconstruct(ops.latent_range(codes, start, stop), self.W_D[start:stop], None, rest)
+            rest = (rest - block).detach() if detach else rest - block
+            errors.append(error)
+        return errors
 
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:
         return ops.decode(codes, self.W_D[latents])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -63,6 +63,14 @@ class SparseDictionary(ActivationSpace):
     @abstractmethod
     def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
         """The reconstruction, and its squared distance from the target for each token, in float32 or wider."""
+
+    @abstractmethod
+    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]:
+        """The squared distance of the target from what the first `width` latents and b_D reconstruct, for each of ascending widths.
+
+        Args:
+            detach: what a prefix shares with the one before it is taken as it is, without gradient.
+        """
 
     @abstractmethod
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]:

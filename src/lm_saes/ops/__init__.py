@@ -21,7 +21,19 @@ from lm_saes.errors import ConfigError
 from lm_saes.ops import native, reference, torch_kernels
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.sparse import SparseOps
-from lm_saes.ops.sparse_codes import Codes, SparseCodes, at_least_float32, counts, entries, latent_sums, map_codes, row_sums, scale_latents, to_dense
+from lm_saes.ops.sparse_codes import (
+    Codes,
+    SparseCodes,
+    at_least_float32,
+    counts,
+    entries,
+    latent_range,
+    latent_sums,
+    map_codes,
+    row_sums,
+    scale_latents,
+    to_dense,
+)
 
 ENVIRONMENT_VARIABLE = "LM_SAES_OPS"
 _IMPLEMENTATIONS = {
@@ -120,6 +132,6 @@ def reconstruct(
 
 __all__ = [
     "ENVIRONMENT_VARIABLE", "Codes", "Encoder", "SparseCodes", "at_least_float32", "batch_topk_codes", "counts", "decode", "entries", "explain",
-    "gate_values", "jumprelu_codes", "latent_sums", "map_codes", "pre_activations", "reconstruct", "row_sums", "scale_latents", "threshold_codes", "to_dense",
+    "gate_values", "jumprelu_codes", "latent_range", "latent_sums", "map_codes", "pre_activations", "reconstruct", "row_sums", "scale_latents", "threshold_codes", "to_dense",
     "topk_codes",
 ]  # fmt: skip

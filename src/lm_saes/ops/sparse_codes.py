@@ -140,6 +140,14 @@ def scale_latents(codes: Codes, scale: Float[Tensor, " F"]) -> Codes:
     return at_least_float32(codes) * scale
 
 
+def latent_range(codes: Codes, start: int, stop: int) -> Codes:
+    """The codes of the latents from `start` to before `stop` alone, [N, stop - start], in the same form; differentiable."""
+    if not isinstance(codes, SparseCodes):
+        return codes[:, start:stop]
+    inside = ((codes.indices >= start) & (codes.indices < stop)).nonzero().flatten()
+    return SparseCodes(codes.values[inside], codes.indices[inside] - start, torch.searchsorted(inside, codes.offsets), stop - start)
+
+
 def row_sums(codes: Codes) -> Float[Tensor, " N"]:
     """The sum of each row."""
     if isinstance(codes, SparseCodes):
