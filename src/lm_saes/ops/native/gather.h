@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 3;  // rows that are asked for before they are used
+constexpr int64_t AHEAD = 4;  // rows that are asked for before they are used
 
 // Entries of one sum: row numbers and weights; the weight of entry e is weights[order[e]] if there is an order.
 struct Entries {

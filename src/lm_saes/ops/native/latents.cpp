@@ -11,12 +11,18 @@ namespace {
 
 constexpr int64_t GROUP = LINE;  // latents whose columns together fill a cache line of the transposed output
 
-// sums[d, first + i] = rows[i, d]: whole cache lines of the output, which are not read first where the compiler can say so.
+// sums[d, i] = rows[i, d] of n_rows <= GROUP rows: a cache line for each d.
 void store_transposed(const float* rows, int64_t stride, int64_t n_rows, int64_t width, float* sums, int64_t n_latents) {
     for (int64_t d = 0; d < width; d++) {
-        float* const to = sums + d * n_latents;
-        for (int64_t i = 0; i < n_rows; i++) to[i] = rows[i * stride + d];
+        if (n_rows == GROUP) {
+            float line[LINE];
+            for (int64_t i = 0; i < LINE; i++) line[i] = rows[i * stride + d];
+            store_line(sums + d * n_latents, line);
+        } else {
+            for (int64_t i = 0; i < n_rows; i++) sums[d * n_latents + i] = rows[i * stride + d];
+        }
     }
+    finish_lines();
 }
 
 }  // namespace

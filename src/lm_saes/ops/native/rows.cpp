@@ -13,6 +13,20 @@ namespace {
 
 constexpr int64_t TOKENS = 8;  // that a thread takes at a time
 
+// dots[e] = left . right[rows[e]].
+void dots_with_rows(const float* left, const float* right, const int64_t* rows, int64_t n, int64_t width, float* dots) {
+    int64_t e = 0;
+    for (; e + 4 <= n; e += 4) {
+        const float *four[4], *coming[4];
+        for (int i = 0; i < 4; i++) {
+            four[i] = right + rows[e + i] * width;
+            coming[i] = right + rows[e + 4 + i < n ? e + 4 + i : e] * width;
+        }
+        four_dots(left, four, coming, width, dots + e);
+    }
+    for (; e < n; e++) dots[e] = dot(left, right + rows[e] * width, width);
+}
+
 }  // namespace
 
 extern "C" {
@@ -35,10 +49,7 @@ void lm_saes_entry_dots(
     int threads) {
     for_pieces(n_tokens, TOKENS, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            for (int64_t e = offsets[i]; e < offsets[i + 1]; e++) {
-                if (e + AHEAD < offsets[i + 1]) prefetch_row(right + indices[e + AHEAD] * width, width);
-                dots[e] = dot(left + i * width, right + indices[e] * width, width);
-            }
+            dots_with_rows(left + i * width, right, indices + offsets[i], offsets[i + 1] - offsets[i], width, dots + offsets[i]);
         }
     });
 }
@@ -56,7 +67,7 @@ void lm_saes_reconstruct(
             weighted_sum(entries, W_D, b_D, width, predicted);
             for (int64_t d = 0; d < width; d++) error[d] = predicted[d] - target[i * width + d];
             squared_error[i] = dot(error, error, width);
-            for (int64_t e = 0; e < entries.count; e++) slopes[offsets[i] + e] = dot(error, W_D + entries.rows[e] * width, width);
+            dots_with_rows(error, W_D, entries.rows, entries.count, width, slopes + offsets[i]);
         }
     });
 }

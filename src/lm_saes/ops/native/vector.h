@@ -88,18 +88,62 @@ inline int64_t sum(Ints vector) {
 
 // The scalar product of two rows, always in the same order of additions.
 inline float dot(const float* left, const float* right, int64_t length) {
-    Floats sums[4] = {};
+    Floats sums[2] = {};
     int64_t d = 0;
-    for (; d + 4 * LANES <= length; d += 4 * LANES) {
-        for (int v = 0; v < 4; v++) sums[v] += load(left + d + v * LANES) * load(right + d + v * LANES);
+    for (; d + 2 * LANES <= length; d += 2 * LANES) {
+        for (int v = 0; v < 2; v++) sums[v] += load(left + d + v * LANES) * load(right + d + v * LANES);
     }
     for (; d + LANES <= length; d += LANES) sums[0] += load(left + d) * load(right + d);
     if (d < length) sums[1] += load_tail(left + d, length - d) * load_tail(right + d, length - d);
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return sum(sums[0] + sums[1]);
 }
 
-inline void prefetch_row(const float* row, int64_t length) {
-    for (int64_t d = 0; d < length; d += LINE) __builtin_prefetch(row + d);
+// The scalar products of one row with four others, each in the order of `dot`; asks for the four that come after them.
+inline void four_dots(const float* left, const float* const (&right)[4], const float* const (&coming)[4], int64_t length, float* dots) {
+    Floats sums[4][2] = {};
+    int64_t d = 0;
+    for (; d + 2 * LANES <= length; d += 2 * LANES) {
+        for (int i = 0; i < 4; i++) {
+            for (int64_t line = 0; line < 2 * LANES; line += LINE) __builtin_prefetch(coming[i] + d + line);
+        }
+        for (int v = 0; v < 2; v++) {
+            const Floats here = load(left + d + v * LANES);
+            for (int i = 0; i < 4; i++) sums[i][v] += here * load(right[i] + d + v * LANES);
+        }
+    }
+    for (; d + LANES <= length; d += LANES) {
+        for (int i = 0; i < 4; i++) sums[i][0] += load(left + d) * load(right[i] + d);
+    }
+    if (d < length) {
+        for (int i = 0; i < 4; i++) sums[i][1] += load_tail(left + d, length - d) * load_tail(right[i] + d, length - d);
+    }
+    for (int i = 0; i < 4; i++) dots[i] = sum(sums[i][0] + sums[i][1]);
+}
+
+// Writes a line that is not going to be read soon: past the caches, without reading it first, where the processor can.
+inline void store_line(float* to, const float (&line)[LINE]) {
+#if defined(__SSE2__)
+    if (reinterpret_cast<uintptr_t>(to) % (LANES * sizeof(float)) == 0) {
+        for (int64_t i = 0; i < LINE; i += LANES) {
+#if defined(__AVX512F__)
+            _mm512_stream_ps(to + i, load(line + i));
+#elif defined(__AVX2__)
+            _mm256_stream_ps(to + i, load(line + i));
+#else
+            _mm_stream_ps(to + i, load(line + i));
+#endif
+        }
+        return;
+    }
+#endif
+    memcpy(to, line, sizeof line);
+}
+
+// After store_line: before other threads may look.
+inline void finish_lines() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace
