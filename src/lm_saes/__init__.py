@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm_saes.activations.factory import ActivationFactory as ActivationFactory
     from lm_saes.activations.text import load_dataset as load_dataset
     from lm_saes.activations.text import load_dataset_shard as load_dataset_shard
+    from lm_saes.activations.writer import ActivationWriter as ActivationWriter
     from lm_saes.config import ActivationFactoryActivationsSource as ActivationFactoryActivationsSource
     from lm_saes.config import ActivationFactoryConfig as ActivationFactoryConfig
     from lm_saes.config import ActivationFactoryDatasetSource as ActivationFactoryDatasetSource
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     from lm_saes.config import TrainerConfig as TrainerConfig
     from lm_saes.config import TrainSAESettings as TrainSAESettings
     from lm_saes.config import WandbConfig as WandbConfig
+    from lm_saes.config.generation import ActivationWriterConfig as ActivationWriterConfig
+    from lm_saes.config.generation import GenerateActivationsSettings as GenerateActivationsSettings
     from lm_saes.evaluation.evaluator import Evaluator as Evaluator
+    from lm_saes.generate import generate_activations as generate_activations
     from lm_saes.lm.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
     from lm_saes.lm.language_model import LanguageModel as LanguageModel
     from lm_saes.lm.language_model import TokenizerOnlyLanguageModel as TokenizerOnlyLanguageModel
@@ -53,12 +57,15 @@ if TYPE_CHECKING:
 _PUBLIC_NAMES = {
     "lm_saes.activations.factory": ["ActivationFactory"],
     "lm_saes.activations.text": ["load_dataset", "load_dataset_shard"],
+    "lm_saes.activations.writer": ["ActivationWriter"],
     "lm_saes.config": [
         "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactoryTarget",
         "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig", "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig",
         "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "TensorBoardConfig", "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig",
     ],
+    "lm_saes.config.generation": ["ActivationWriterConfig", "GenerateActivationsSettings"],
     "lm_saes.evaluation.evaluator": ["Evaluator"],
+    "lm_saes.generate": ["generate_activations"],
     "lm_saes.lm.huggingface": ["HuggingFaceLanguageModel"],
     "lm_saes.lm.language_model": ["LanguageModel", "TokenizerOnlyLanguageModel", "load_model"],
     "lm_saes.lm.transformer_lens": ["TransformerLensLanguageModel"],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
+from lm_saes.cache_cli import cache, generate
 from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
 from lm_saes.version import __version__
 
@@ -29,6 +30,8 @@ app = App(
 )
 show = App(name="show", help="A run's summary and a few of its features; or one feature.", default_parameter=Parameter(negative=()))
 app.command(show)
+app.command(generate)
+app.command(cache)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any setting: `--trainer.lr 1e-4 --sae.top_k 64`.")]
 

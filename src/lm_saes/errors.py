@@ -4,6 +4,7 @@
     ├── ConfigError            a value, a field or a file of the configuration (also a ValueError)
     ├── DeviceError            a device that this machine does not have
     ├── DataError              a dataset or corpus that is missing, empty or malformed
+    ├── CacheError             activations on disk that are missing, damaged, unfinished or do not fit on the disk
     ├── LanguageModelError     a language model that cannot be found, opened or run
     │   └── HookPointError     a hook point that the model does not have, or of another width
     ├── RunFolderError         a run's folder: in use, used, or without a whole checkpoint
@@ -35,6 +36,10 @@ class DeviceError(LmSaesError):
 
 class DataError(LmSaesError):
     """A dataset is missing, empty or malformed."""
+
+
+class CacheError(LmSaesError):
+    """Activations on disk are missing, damaged, not finished, or there is no room for them."""
 
 
 class LanguageModelError(LmSaesError):

@@ -349,8 +349,8 @@ def test_text_that_fills_no_batch_is_an_error_that_says_what_there_was() -> None
 
 
 def test_what_this_version_does_not_do() -> None:
-    with pytest.raises(ConfigError, match="cached activations are not available in this version"):
-        ActivationFactory(config(sources=[ActivationFactoryActivationsSource(name="cache", path="somewhere")]))
+    with pytest.raises(ConfigError, match="sources must be all text or all activations on disk"):
+        ActivationFactory(config(sources=[source("prose"), ActivationFactoryActivationsSource(name="cache", path="somewhere")]))
     with pytest.raises(ConfigError, match="device_mesh must be None"):
         ActivationFactory(config(), device_mesh=object())
     with pytest.raises(ConfigError, match="pass model="):

@@ -27,7 +27,13 @@ from lm_saes.activations.shuffle import Rebatch, ShuffleBuffer
 from lm_saes.activations.stream import State, nested, part
 from lm_saes.activations.text import as_documents
 from lm_saes.activations.tokens import TokenRows, token_rows
-from lm_saes.config import ActivationFactoryConfig, ActivationFactoryDatasetSource, ActivationFactoryTarget, DatasetConfig
+from lm_saes.config import (
+    ActivationFactoryActivationsSource,
+    ActivationFactoryConfig,
+    ActivationFactoryDatasetSource,
+    ActivationFactoryTarget,
+    DatasetConfig,
+)
 from lm_saes.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -49,11 +55,9 @@ class ActivationFactory:
     ) -> None:
         if device_mesh is not None:
             raise ConfigError("device_mesh must be None: activations are not sharded over devices in this version")
-        for source in cfg.sources:
-            if not isinstance(source, ActivationFactoryDatasetSource):
-                raise ConfigError(
-                    f"source '{source.name}': cached activations are not available in this version; use a dataset source (type = \"dataset\")"
-                )
+        self._from_disk = any(isinstance(source, ActivationFactoryActivationsSource) for source in cfg.sources)
+        if self._from_disk and any(isinstance(source, ActivationFactoryDatasetSource) for source in cfg.sources):
+            raise ConfigError("sources must be all text or all activations on disk; write the text's activations to disk first (lm-saes generate)")
         self.cfg = cfg
         self._interceptor = before_aggregation_interceptor
         if without_effect := _fields_without_effect(cfg):
@@ -62,7 +66,7 @@ class ActivationFactory:
     def process(
         self, model: LanguageModel | None = None, model_name: str | None = None, datasets: Mapping[str, Any] | None = None, seed: int = 0
     ) -> ActivationStream:
-        """A new stream from the beginning of the text.
+        """A new stream from the beginning of the text, or of the activations on disk, which need no `model` and no `datasets`.
 
         `datasets` holds for each source's name a `DatasetConfig`, a list of texts, a `datasets.Dataset` (or `IterableDataset`), or a pair of
         one of these and a dict of metadata; a source named "demo" needs no entry. `seed` orders the documents, and shuffles if
@@ -70,6 +74,10 @@ class ActivationFactory:
         Raises `ConfigError`, `HookPointError` or `DataError` before the language model runs.
         """
         cfg = self.cfg
+        if self._from_disk:
+            from lm_saes.activations.cache_read import cached_stream  # whose streams are kinds of those below
+
+            return cached_stream(cfg, model, seed, self._interceptor)
         if model is None:
             raise ConfigError("text needs a language model to be tokenised and read: pass model=load_model(LanguageModelConfig(...))")
         captures = cfg.target is not ActivationFactoryTarget.TOKENS

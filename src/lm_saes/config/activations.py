@@ -145,15 +145,17 @@ class ActivationFactoryActivationsSource(ActivationFactorySource):
     type: Literal["activations"] = "activations"  # pyright: ignore[reportIncompatibleVariableOverride]
     """"activations"."""
     path: PathString | dict[str, PathString]
-    """The cache's folder, with one folder per hook point in it, or a folder for each hook point."""
+    """A cache's folder; or a folder of `.npy`, `.safetensors` or chunk files, with one folder per hook point in it; or a place for each hook point."""
     device: str = "cpu"
-    """Where activations are loaded to."""
+    """Where activations are loaded to, where there is no language model to go to."""
     dtype: OptionalDType = None
-    """Cast on loading."""
+    """Cast on loading; `None` keeps the data type on disk (int8 becomes float32)."""
     num_workers: int = Field(default=4, ge=0)
-    """Readers at work."""
-    prefetch: int | None = 8
-    """Chunks read ahead by each."""
+    """Threads that read ahead; 0 reads when asked."""
+    prefetch: int | None = Field(default=8, ge=1)
+    """Pieces (of about 4 MiB for each hook point) read ahead by each; `None` is 2."""
+    skip_damaged: bool = False
+    """Pass over damaged and missing shards, with a line in the log for each, instead of stopping."""
 
 
 def _source_kind(value: Any) -> str:
