@@ -115,10 +115,12 @@ def measure(sae: SparseAutoEncoder, batches: Sequence[Batch]) -> Measured:
         labels.update(y)
         if sae.cfg.is_transcoder:
             inputs.update(x)
+            ys.append(y[::stride])
         xs.append(x[::stride])
-        ys.append(y[::stride])
-    x, y = torch.cat(xs)[:MEDIAN_MAX_TOKENS], torch.cat(ys)[:MEDIAN_MAX_TOKENS]
-    return Measured(inputs if sae.cfg.is_transcoder else labels, labels, x, y)
+    x = torch.cat(xs)[:MEDIAN_MAX_TOKENS]
+    if not sae.cfg.is_transcoder:
+        return Measured(labels, labels, x, x)
+    return Measured(inputs, labels, x, torch.cat(ys)[:MEDIAN_MAX_TOKENS])
 
 
 def describe(

@@ -98,7 +98,7 @@ class Initializer:
         sae = SparseAutoEncoder.from_config(cfg).train()
         raw = [] if activation_stream is None else self._take(sae, activation_stream)
         norms = _set_norms(sae, raw, activation_norm)
-        batches = [sae.normalize_activations(batch) for batch in raw]
+        batches = [sae.normalize_activations(raw.pop(0)) for _ in range(len(raw))]  # one after the other, so that no batch is held twice
         measured = measure(sae, batches) if batches else None
 
         generator = torch.Generator().manual_seed(seed)
