@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
+from lm_saes.bench_cli import bench
 from lm_saes.cache_cli import cache, generate
 from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
 from lm_saes.version import __version__
@@ -32,6 +33,7 @@ show = App(name="show", help="A run's summary and a few of its features; or one 
 app.command(show)
 app.command(generate)
 app.command(cache)
+app.command(bench)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any setting: `--trainer.lr 1e-4 --sae.top_k 64`.")]
 

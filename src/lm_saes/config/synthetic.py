@@ -84,3 +84,43 @@ class SyntheticModelConfig(BaseConfig):
                 f"n_features is {self.n_features}; lower n_roots or depth, or raise n_features"
             )
         return self
+
+
+class SyntheticBenchmarkConfig(BaseConfig):
+    """What dictionaries are trained and scored on. The defaults are the preset "mini"; see `preset`."""
+
+    model: SyntheticModelConfig = SyntheticModelConfig()
+    """Where activations come from."""
+    d_sae: int = Field(default=512, ge=2)
+    """Latents of each dictionary: fewer than there are features."""
+    l0: int = Field(default=8, ge=1)
+    """L0 of each dictionary: k, or what the sparsity coefficient is steered to."""
+    batch_size: int = Field(default=1024, ge=1)
+    """Samples per step."""
+    n_training_samples: int = Field(default=4_096_000, ge=1)
+    """Samples that each dictionary is trained on."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of the dictionaries."""
+    n_probe_samples: int = Field(default=2_048_000, ge=1)
+    """Samples that the probe is trained on."""
+    n_evaluation_samples: int = Field(default=204_800, ge=1)
+    """Samples that dictionaries and probe are scored on."""
+    device: str = "auto"
+    """Where samples are drawn and dictionaries trained: auto, cpu, cuda, mps."""
+
+    @classmethod
+    def preset(cls, name: SyntheticPreset, **changes: Any) -> Self:
+        """ "16k" is the protocol of the paper at L0 25; "mini" an eighth of its width and fewer samples."""
+        paper = {
+            "model": SyntheticModelConfig.preset("16k"), "d_sae": 4096, "l0": 25, "n_training_samples": 200_000_000, "lr": 3e-4,
+            "n_probe_samples": 20_000_000, "n_evaluation_samples": 500_000,
+        }  # fmt: skip
+        return cls(**{**({} if name == "mini" else paper), **changes})
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.d_sae > self.model.n_features:
+            raise ValueError(f"d_sae must be at most n_features = {self.model.n_features}, got {self.d_sae}")
+        if self.l0 >= self.d_sae:
+            raise ValueError(f"l0 must be below d_sae = {self.d_sae}, got {self.l0}")
+        return self

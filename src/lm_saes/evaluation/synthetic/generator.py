@@ -76,9 +76,12 @@ class SyntheticModel:
         """d: unit vectors."""
         self.bias: Float[Tensor, " D"] = (bias * (cfg.bias_norm / bias.norm())).to(self.device)
         """b."""
-        self._own = (1 - self.correlation_factor.square().sum(1)).sqrt()
-        self._thresholds = math.sqrt(2) * torch.erfinv(1 - 2 * self.firing_probabilities)
+        # g > t divided by the standard deviation of g's own part: L' e + h > t'
+        own = (1 - self.correlation_factor.square().sum(1)).sqrt()
+        self._factor = self.correlation_factor / own[:, None]
+        self._thresholds = math.sqrt(2) * torch.erfinv(1 - 2 * self.firing_probabilities) / own
         self._free = (self.parents < 0).nonzero().flatten()
+        self._free_factor, self._free_thresholds = self._factor[self._free].T.contiguous(), self._thresholds[self._free]
         self._siblings = torch.arange(cfg.branching_factor, device=self.device)
         self._first_children = [level.start for level in levels(cfg)]
 
@@ -92,8 +95,8 @@ class SyntheticModel:
     def sample_features(self, n: int, generator: torch.Generator) -> SparseCodes:
         """What fires in n samples, and with what magnitude."""
         common = self._normal(generator, n, self.cfg.correlation_rank)  # e
-        own = self._normal(generator, n, len(self._free)) * self._own[self._free]
-        rows, free = (own + common @ self.correlation_factor[self._free].T > self._thresholds[self._free]).nonzero(as_tuple=True)
+        gaussians = self._normal(generator, n, len(self._free)).addmm_(common, self._free_factor)
+        rows, free = (gaussians > self._free_thresholds).nonzero(as_tuple=True)
         indices = self._free[free]
         values = self._magnitudes(indices, generator)
         found = [(rows, indices, values)]
@@ -115,8 +118,8 @@ class SyntheticModel:
     def _family(self, children: Int64[Tensor, "p b"], common: Float[Tensor, "p rank"], generator: torch.Generator) -> Float[Tensor, "p b"]:
         """Magnitudes of the children of p parents that fire: those that fire themselves, at most one of each family if they exclude
         each other."""
-        own = self._normal(generator, *children.shape) * self._own[children]
-        would_fire = own + torch.einsum("pr,pbr->pb", common, self.correlation_factor[children]) > self._thresholds[children]
+        gaussians = self._normal(generator, *children.shape) + torch.einsum("pr,pbr->pb", common, self._factor[children])
+        would_fire = gaussians > self._thresholds[children]
         amounts = torch.where(would_fire, self._magnitudes(children, generator), 0.0)
         if self.cfg.mutually_exclusive_children:
             scores = torch.rand(children.shape, generator=generator, device=self.device)

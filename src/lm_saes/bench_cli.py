@@ -1,0 +1,45 @@
+"""The command `lm-saes bench`; `cli.py` registers it. Like there, heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import App, Parameter
+
+bench = App(name="bench", help="Benchmarks with known answers.", default_parameter=Parameter(negative=()))
+
+
+@bench.command
+def synthetic(
+    *,
+    size: Literal["mini", "16k"] = "mini",
+    seeds: int = 1,
+    kinds: str = "all",
+    samples: int | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Train dictionaries on activations that are made of known features, and score how well they find them (SynthSAEBench).
+
+    What is done is kept and not done again; what was interrupted goes on when the command is given again.
+
+    Parameters
+    ----------
+    size
+        `mini` takes minutes; `16k` is the size of the paper and wants a GPU.
+    seeds
+        Dictionaries of each kind, from different starts and samples.
+    kinds
+        Which, separated by commas: batchtopk, matryoshka, topk, jumprelu, relu.
+    samples
+        Training samples for each dictionary, if not those of the size.
+    out
+        The folder of runs and scores; `runs/bench/synthetic_<size>` if left out.
+    device
+        auto, cpu, cuda, cuda:N or mps.
+    """
+    from lm_saes import bench_commands
+
+    names = None if kinds == "all" else [name.strip() for name in kinds.split(",")]
+    bench_commands.synthetic(size, seeds, names, samples, out or Path("runs/bench") / f"synthetic_{size}", device)

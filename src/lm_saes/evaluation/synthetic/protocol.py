@@ -1,0 +1,159 @@
+"""The benchmark: kinds of dictionaries trained on the same samples of a synthetic model, and scored against its features.
+
+Each training is a run with a folder of its own, `<folder>/seed_<n>/<kind>`: the run's usual files, and `scores.json` when it is done.
+What is done is not done again; what was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_saes.config import InitializerConfig, MatryoshkaConfig, SAEConfig, TrainerConfig
+from lm_saes.config.synthetic import SyntheticBenchmarkConfig
+from lm_saes.errors import ConfigError, RunFolderError, did_you_mean
+from lm_saes.evaluation.synthetic.generator import SYNTHETIC_HOOK, SyntheticModel, SyntheticStream
+from lm_saes.evaluation.synthetic.probe import LogisticProbe
+from lm_saes.evaluation.synthetic.scores import Scores, score
+from lm_saes.models.initializer import Initializer
+from lm_saes.models.sae import SparseAutoEncoder
+from lm_saes.training.checkpoint import write_json
+from lm_saes.training.loggers import Logger
+from lm_saes.training.trainer import Trainer
+
+SCORES_FILE = "scores.json"
+PROBE = "probe"
+"""The name of the probe's folder beside those of the seeds."""
+EVALUATION_SEED, PROBE_SEED = 1_000_000, 1_000_001
+"""Seeds of the samples that are scored on, and that the probe is trained on; training has the seeds 0, 1, ..."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the table: fields of `SAEConfig` and of `TrainerConfig`, apart from what all kinds share."""
+
+    sae: dict[str, Any]
+    trainer: dict[str, Any] = field(default_factory=dict)
+    nested: tuple[int, ...] = ()
+    """Matryoshka's prefixes, as d_sae over their widths."""
+
+
+_AUXK = {"auxk_coefficient": 1 / 32}
+_L1 = {"sparsity_loss_type": "power", "l1_coefficient": 0.5}
+_TANH = {"sparsity_loss_type": "tanh", "l1_coefficient": 0.5, "lp_coefficient": 3e-6}
+KINDS = {
+    "batchtopk": Kind({"act_fn": "batchtopk"}, _AUXK),
+    "matryoshka": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2)),
+    "topk": Kind({"act_fn": "topk"}, _AUXK),
+    "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH),
+    "relu": Kind({"act_fn": "relu"}, _L1),
+}
+"""What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
+ratio 1/32, 1/8, 1/2, 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay."""
+
+RECIPE = InitializerConfig(bias_init_method="geometric_median", grid_search_init_norm=True, init_encoder_bias_with_mean_hidden_pre=True)
+"""How every dictionary starts."""
+
+
+class SyntheticBenchmark:
+    """Trains and scores.
+
+    Args:
+        cfg: on what.
+        folder: where runs and scores are kept.
+
+    Raises:
+        DeviceError: this machine does not have the device.
+        RunFolderError: the folder holds scores of other settings.
+    """
+
+    def __init__(self, cfg: SyntheticBenchmarkConfig, folder: str | Path) -> None:
+        self.cfg, self.folder = cfg, Path(folder)
+        self._check_folder()
+        self.model = SyntheticModel(cfg.model, cfg.device)
+
+    def dictionary(self, kind: str, seed: int, loggers: Sequence[Logger] = ()) -> Scores:
+        """The scores of one dictionary, trained unless that was done before.
+
+        Raises:
+            ConfigError: there is no such kind.
+            KeyboardInterrupt: Ctrl-C; calling again goes on.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"no kind of dictionary '{kind}'{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}")
+        folder = self.folder / f"seed_{seed}" / kind
+        if (known := _read(folder / SCORES_FILE)) is not None:
+            return known
+        sae = self._trained(KINDS[kind], seed, folder, loggers)
+        scores = score(sae, self._held_out(), self.model.directions)
+        sae.save_pretrained(folder, fold_activation_scale=True)
+        write_json(folder / SCORES_FILE, scores)
+        shutil.rmtree(folder / "checkpoints")
+        return scores
+
+    def probe(self) -> Scores:
+        """The scores of the logistic probe of the `d_sae` most frequent features, trained unless that was done before."""
+        path = self.folder / PROBE / SCORES_FILE
+        if (known := _read(path)) is not None:
+            return known
+        n_batches = max(1, self.cfg.n_probe_samples // self.cfg.batch_size)
+        probe = LogisticProbe(self.cfg.model.d_model, self.cfg.d_sae, self.model.device)
+        probe.fit(SyntheticStream(self.model, self.cfg.batch_size, PROBE_SEED), n_batches)
+        held_out = self._held_out()
+        detection = probe.score(held_out, held_out.n_batches or 0)
+        scores: Scores = {"f1": detection.f1, "precision": detection.precision, "recall": detection.recall}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, scores)
+        return scores
+
+    def sae_config(self, kind: Kind) -> SAEConfig:
+        """The dictionary of a kind."""
+        cfg = self.cfg
+        matryoshka = MatryoshkaConfig(widths=tuple(max(1, cfg.d_sae // share) for share in kind.nested)) if kind.nested else None
+        return SAEConfig(
+            hook_point_in=SYNTHETIC_HOOK, d_model=cfg.model.d_model, expansion_factor=cfg.d_sae / cfg.model.d_model, top_k=cfg.l0,
+            matryoshka=matryoshka, device=str(self.model.device), **kind.sae,
+        )  # fmt: skip
+
+    def trainer_config(self, kind: Kind, seed: int, folder: Path) -> TrainerConfig:
+        """The training of a kind."""
+        cfg = self.cfg
+        of_size = {"target_l0": float(cfg.l0)} if "sparsity_loss_type" in kind.trainer else {"k_aux": max(1, cfg.model.d_model // 2)}
+        return TrainerConfig(
+            total_training_tokens=cfg.n_training_samples, lr=cfg.lr, lr_warm_up_steps=0.02, dead_threshold=max(1, cfg.n_training_samples // 20),
+            n_checkpoints=4, check_point_save_mode="linear", seed=seed, exp_result_path=str(folder), **of_size, **kind.trainer,
+        )  # fmt: skip
+
+    def _trained(self, kind: Kind, seed: int, folder: Path, loggers: Sequence[Logger]) -> SparseAutoEncoder:
+        stream = SyntheticStream(self.model, self.cfg.batch_size, seed)
+        # A run that goes on takes its weights from the checkpoint; the scale of the activations is measured again, on the same samples.
+        sae = Initializer(RECIPE).initialize_sae_from_config(self.sae_config(kind), stream, seed=seed)
+        Trainer(self.trainer_config(kind, seed, folder), loggers=loggers, resume=True).fit(sae, stream)
+        return sae
+
+    def _held_out(self) -> SyntheticStream:
+        n_batches = max(1, self.cfg.n_evaluation_samples // self.cfg.batch_size)
+        return SyntheticStream(self.model, self.cfg.batch_size, EVALUATION_SEED, n_batches)
+
+    def _check_folder(self) -> None:
+        """The folder is of this benchmark: its settings stand in it, apart from the device."""
+        path = self.folder / "benchmark.json"
+        settings = self.cfg.model_dump(mode="json", exclude={"device"})
+        before = _read(path)
+        if before is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, settings)
+        elif before != settings:
+            changed = next(name for name in settings if before.get(name) != settings[name])
+            raise RunFolderError(f"{self.folder} holds a benchmark with another {changed}; choose another folder with --out, or remove it")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+__all__ = ["EVALUATION_SEED", "KINDS", "PROBE_SEED", "Kind", "SyntheticBenchmark"]
