@@ -34,6 +34,8 @@ PINNED = [
     "SparseAutoEncoder",
     "SparseDictionary",
     "SparseDictionaryConfig",
+    "SweepSAESettings",
+    "SweepingItem",
     "TensorBoardConfig",
     "TokenizerOnlyLanguageModel",
     "TrackioConfig",
@@ -48,6 +50,7 @@ PINNED = [
     "load_dataset",
     "load_dataset_shard",
     "load_model",
+    "sweep_sae",
     "train_sae",
 ]
 

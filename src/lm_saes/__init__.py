@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lm_saes.config import PretrainedSAE as PretrainedSAE
     from lm_saes.config import SAEConfig as SAEConfig
     from lm_saes.config import SparseDictionaryConfig as SparseDictionaryConfig
+    from lm_saes.config import SweepingItem as SweepingItem
+    from lm_saes.config import SweepSAESettings as SweepSAESettings
     from lm_saes.config import TensorBoardConfig as TensorBoardConfig
     from lm_saes.config import TrackioConfig as TrackioConfig
     from lm_saes.config import TrainerConfig as TrainerConfig
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary as SparseDictionary
     from lm_saes.runners import evaluate_sae as evaluate_sae
     from lm_saes.runners import train_sae as train_sae
+    from lm_saes.sweep import sweep_sae as sweep_sae
     from lm_saes.training.trainer import Trainer as Trainer
 
 _PUBLIC_NAMES = {
@@ -61,7 +64,8 @@ _PUBLIC_NAMES = {
     "lm_saes.config": [
         "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactoryTarget",
         "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig", "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig",
-        "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "TensorBoardConfig", "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig",
+        "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "SweepSAESettings", "SweepingItem", "TensorBoardConfig",
+        "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig",
     ],
     "lm_saes.config.generation": ["ActivationWriterConfig", "GenerateActivationsSettings"],
     "lm_saes.evaluation.evaluator": ["Evaluator"],
@@ -74,6 +78,7 @@ _PUBLIC_NAMES = {
     "lm_saes.models.sae": ["SparseAutoEncoder"],
     "lm_saes.models.sparse_dictionary": ["SparseDictionary"],
     "lm_saes.runners": ["evaluate_sae", "train_sae"],
+    "lm_saes.sweep": ["sweep_sae"],
     "lm_saes.training.trainer": ["Trainer"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,12 @@ def load_dictionary(reference: PretrainedSAE) -> SparseDictionary:
         device=reference.device,
         dtype=reference.dtype,
     )
+
+
+def first_batches(settings: TrainSAESettings, stream: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What dictionaries that are trained together are initialised from: the start of their stream, as long as each asks for."""
+    n = 0 if isinstance(settings.sae, PretrainedSAE) else (settings.initializer or InitializerConfig()).n_batches
+    return list(itertools.islice(stream, n))
 
 
 def start_dictionary(

@@ -20,7 +20,7 @@ from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
 from lm_saes.version import __version__
 
 if TYPE_CHECKING:
-    from lm_saes.config import TrainSAESettings
+    from lm_saes.config import SweepSAESettings, TrainSAESettings
 
 app = App(
     name="lm-saes",
@@ -68,13 +68,45 @@ def train(config: Path, *overrides: Overrides, resume: bool = False, dry_run: bo
     dry_run
         Train nothing: check everything, estimate memory, disk and time, and say whether it fits.
     """
-    settings = _settings(config if config.suffix or config.is_file() else recipe(str(config)), overrides)
+    settings = _settings(_file(config), overrides)
     from lm_saes import commands
 
     if dry_run:
         commands.dry_run(settings)
     else:
         commands.train(settings, resume=resume)
+
+
+@app.command
+def sweep(
+    config: Path,
+    *overrides: Overrides,
+    grid: Annotated[list[str] | None, Parameter(help="A field and its values: `trainer.lr=1e-4,3e-4`. May be given several times.")] = None,
+    out: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train many dictionaries on one reading of the text, and compare them: `lm-saes sweep CONFIG --grid trainer.lr=1e-4,3e-4 --grid sae.top_k=32,64`.
+
+    Parameters
+    ----------
+    config
+        The settings of one run (a file or a recipe), of which every combination of the grid is trained; or a file that lists its runs (`items`); or the
+        folder of a sweep.
+    out
+        The sweep's folder, instead of trainer.exp_result_path.
+    resume
+        Go on from the newest checkpoints that all runs have.
+    dry_run
+        Train nothing: check everything, list the runs, estimate memory, disk and time, and say whether it fits.
+    """
+    settings = _sweep_settings(config, overrides, grid or [], out)
+    from lm_saes import commands
+
+    if dry_run:
+        commands.dry_run_of_sweep(settings)
+    else:
+        commands.sweep(settings, resume=resume)
 
 
 @app.command
@@ -95,14 +127,58 @@ def evaluate(target: Path, *overrides: Overrides, baseline: str | None = None) -
     commands.evaluate(target, _overrides(overrides), baseline is not None)
 
 
+@app.command
+def inspect(
+    config: Path | None = None,
+    *,
+    model: str | None = None,
+    hook_points: str | None = None,
+    text: str | None = None,
+    tokens: int = 100_000,
+    context_size: int | None = None,
+    device: str | None = None,
+    json: bool = False,
+    spectrum: Path | None = None,
+) -> None:
+    """Look at activations before training on them: norms, outliers, dimensionality, and the settings that follow.
+
+    Parameters
+    ----------
+    config
+        Settings of a training, or the name of a recipe: its model, text and hook points are inspected. Without it, those below.
+    model
+        A name on the hub, a folder, or "demo" (the default).
+    hook_points
+        Names with commas between; `*` is every block. Left out: attention output, MLP output and residual stream of every block.
+    text
+        A dataset's name, a file (.txt, .jsonl, .parquet ...), or "demo" (the default).
+    tokens
+        Tokens to look at.
+    context_size
+        Tokens in a context.
+    device
+        Where the model runs.
+    json
+        Print the whole record as JSON instead.
+    spectrum
+        Draw the spectra into this file (.png, .svg, .pdf; needs the extra `plot`).
+    """
+    settings = None if config is None else _settings(_file(config), ())
+    from lm_saes.inspection import command
+
+    names = None if hook_points is None else [name.strip() for name in hook_points.split(",") if name.strip()]
+    where = {"model": model, "text": text, "context_size": context_size, "device": device}
+    command.inspect(settings, names, tokens=tokens, as_json=json, spectrum=spectrum, **where)
+
+
 @show.default
 def show_run(run: Path, *, n: int = 6) -> None:
-    """A run's summary and a few of its features.
+    """A run's summary and a few of its features; a sweep's runs side by side.
 
     Parameters
     ----------
     run
-        The run's folder.
+        The folder of a run or of a sweep.
     n
         How many features.
     """
@@ -149,6 +225,11 @@ def recipe(name: str) -> Path:
     raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known)} Recipes: {', '.join(known)}")
 
 
+def _file(config: Path) -> Path:
+    """A settings file, or the recipe of that name."""
+    return config if config.suffix or config.is_file() else recipe(str(config))
+
+
 def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
     from lm_saes.config.base import parse_overrides
 
@@ -163,6 +244,22 @@ def _settings(path: Path, words: tuple[str, ...], out: Path | None = None) -> Tr
     if out is not None:
         table = merge({"trainer": {"exp_result_path": str(out)}}, table)
     return load_settings(TrainSAESettings, path, table)
+
+
+def _sweep_settings(config: Path, words: tuple[str, ...], grid: list[str], out: Path | None) -> SweepSAESettings:
+    from lm_saes.config import SweepSAESettings, load_settings
+    from lm_saes.config.base import read_config_file
+    from lm_saes.config.sweep import SWEEP_FILE, parse_grid
+
+    path = config / SWEEP_FILE if (config / SWEEP_FILE).is_file() else _file(config)
+    if "items" not in read_config_file(path):
+        if not grid:
+            raise ConfigError(f"{path} holds the settings of one run; say what differs, such as --grid trainer.lr=1e-4,3e-4")
+        return SweepSAESettings.from_grid(_settings(path, words, out), parse_grid(grid))
+    if grid:
+        raise ConfigError(f"{path} lists its runs (items), so there is nothing to lay a grid over; leave out --grid, or give the settings of one run")
+    table = _overrides(words)
+    return load_settings(SweepSAESettings, path, table if out is None else {**table, "exp_result_path": str(out)})
 
 
 def main() -> None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from lm_saes import display
 from lm_saes.analysis.features import Feature, find_features, pick
 from lm_saes.assembly import evaluation_stream
-from lm_saes.config import EvalConfig, EvaluateSAESettings, TrainSAESettings, load_settings
+from lm_saes.comparison import Row, caption, compare, comparison_table
+from lm_saes.config import EvalConfig, EvaluateSAESettings, SweepSAESettings, TrainSAESettings, load_settings
 from lm_saes.config.base import validated
 from lm_saes.config.dictionaries import CONFIG_FILE
-from lm_saes.errors import ConfigError
-from lm_saes.estimate import estimate
+from lm_saes.config.sweep import SWEEP_FILE
+from lm_saes.errors import ConfigError, NonFiniteError
+from lm_saes.estimate import estimate, size
+from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
 from lm_saes.records import check_finished, check_same, settings_of_run
 from lm_saes.runners import evaluate_dictionary, evaluate_sae, load_run, train_sae
+from lm_saes.sweep import settings_of_sweep, sweep_sae
 from lm_saes.training import loggers
+from lm_saes.training.board import Board
 from lm_saes.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -109,12 +116,96 @@ def _hint(terminal: display.Terminal, label: str, *words: str) -> None:
     terminal.print(Text.assemble(f"\n{label}  ", (shlex.join(words), "cyan")), soft_wrap=True)
 
 
+def sweep(settings: SweepSAESettings, resume: bool = False) -> None:
+    """Train all runs of a sweep and print what they came to, side by side."""
+    terminal = display.console()
+    start = time.monotonic()
+    members = settings.members()
+    terminal.print(display.rows_table(sweep_rows(settings, members)))
+    terminal.print()
+    board = Board(terminal)
+    waiting = terminal.status(f"initialising {len(members)} dictionaries")
+    evaluated = 0
+
+    def report(member: TrainSAESettings, name: str, value: Any) -> None:
+        nonlocal evaluated
+        if name == "model":
+            waiting.start()
+        elif name == "initialization":
+            terminal.print(Text.assemble(f"{member.sae_name}  ", (dict(value.rows())["at the start"], "dim")), soft_wrap=True)
+        elif name == "begin":
+            waiting.stop()
+        elif name == "stream":
+            terminal.print(Text(value.description(), style="dim"))
+            waiting.update("evaluating")
+            waiting.start()
+        elif name == "evaluation":
+            evaluated += 1
+            waiting.update(f"evaluating: {evaluated} of {len(members)}")
+
+    try:
+        sweep_sae(settings, resume=resume, loggers=lambda member: [board.logger(member.sae_name)], report=report)
+    finally:
+        waiting.stop()
+    rows = compare(members)
+    show_comparison(rows, terminal)
+    minutes = (time.monotonic() - start) / 60
+    terminal.print(Text(f"\n{len(members)} runs in {minutes:.1f} min: {settings.exp_result_path}", style="bold"), soft_wrap=True)
+    finished = [row for row in rows if row.error is None]
+    if not finished:
+        raise NonFiniteError(f"every run was stopped; the first: {rows[0].error}")
+    _hint(terminal, "look at the first:", "lm-saes", "show", finished[0].folder)
+
+
+def sweep_rows(settings: SweepSAESettings, members: Sequence[TrainSAESettings]) -> list[tuple[str, str]]:
+    """What is swept over what."""
+    common = {name: text for name, text in display.summary_rows(members[0].as_dict()) if name in ("model", "text")}
+    tokens = dict.fromkeys(f"{member.trainer.total_training_tokens:,}" for member in members)
+    return [
+        ("model", common["model"]),
+        ("text", common["text"]),
+        ("hook points", ", ".join(settings.hook_points)),
+        ("dictionaries", f"{len(members)} on one stream"),
+        ("tokens", ", ".join(tokens)),
+    ]
+
+
+def show_comparison(rows: Sequence[Row], terminal: display.Terminal) -> None:
+    """The runs of a sweep side by side, and what stopped those that were stopped."""
+    terminal.print()
+    terminal.print(comparison_table(rows, marked=terminal.marked))
+    for row in rows:
+        if row.error is not None:
+            terminal.print(Text.assemble(("\nstopped: ", "bold red"), f"{row.name}: {row.error}"), soft_wrap=True)
+    terminal.print(Text(f"\n{caption(rows)}", style="dim"))
+
+
 def dry_run(settings: TrainSAESettings) -> None:
     """Print what a run would need and take."""
     terminal = display.console()
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))
     with terminal.status("measuring for twenty seconds"):
         result = estimate(settings)
+    terminal.print()
+    terminal.print(display.rows_table(result.rows()))
+    terminal.print(Text(f"\n{result.verdict()}", style="bold green" if result.fits else "bold red"), soft_wrap=True)
+
+
+def dry_run_of_sweep(settings: SweepSAESettings) -> None:
+    """Print the runs of a sweep, and what they would need and take together."""
+    terminal = display.console()
+    members = settings.members()
+    terminal.print(display.rows_table(sweep_rows(settings, members)))
+    with terminal.status("measuring for twenty seconds"):
+        result, each = estimate_sweep(settings)
+    table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for title in ("parameters", "memory", "steps"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for member, one in zip(members, each, strict=True):
+        table.add_row(member.sae_name, f"{one.parameters:,}", size(one.memory[OF_EACH_RUN]), f"{one.steps:,}")
+    terminal.print()
+    terminal.print(table)
     terminal.print()
     terminal.print(display.rows_table(result.rows()))
     terminal.print(Text(f"\n{result.verdict()}", style="bold green" if result.fits else "bold red"), soft_wrap=True)
@@ -148,9 +239,13 @@ def _evaluation_config(settings: TrainSAESettings, overrides: dict[str, Any]) ->
 
 
 def show_run(run: Path, n: int = SHOWN, terminal: display.Terminal | None = None) -> None:
-    """A run's summary, its evaluation and a handful of features; the features are kept in `features.json` for the next time."""
+    """A run's summary, its evaluation and a handful of features; the features are kept in `features.json` for the next time. Of a sweep, its runs
+    side by side."""
     _at_least_one("--n", n)
     terminal = terminal or display.console()
+    if (run / SWEEP_FILE).is_file():
+        show_comparison(compare(settings_of_sweep(run).members()), terminal)
+        return
     settings = settings_of_run(run)
     check_finished(run)
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))

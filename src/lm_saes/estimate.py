@@ -103,13 +103,14 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
     settings = with_device(settings)
     model = open_model(settings)
     check_joints(settings, model)
-    result = _sizes(settings, model)
+    result = count_sizes(settings, model)
     if calibrate and result.fits:
         _calibrate(settings, model, result)
     return result
 
 
-def _sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
+def count_sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
+    """The sizes of a run, counted; its time is not measured."""
     factory, trainer = settings.activation_factory, settings.trainer
     cfg = dictionary_config(settings)
     d, f = cfg.d_model, cfg.d_sae
@@ -157,7 +158,7 @@ def _calibrate(settings: TrainSAESettings, model: LanguageModel | None, result: 
         start = time.monotonic()
         trainer_cfg = settings.trainer.replace(exp_result_path=str(Path(name) / "run"), n_checkpoints=0)
         settings = settings.replace(trainer=trainer_cfg)
-        stream = _Limited(open_stream(settings, model, trainer_cfg.seed))
+        stream = TimedStream(open_stream(settings, model, trainer_cfg.seed))
         sae: SparseDictionary = start_dictionary(settings, stream, model)
         result.startup_seconds = time.monotonic() - start
         stream.begin(CALIBRATION_SECONDS)
@@ -168,7 +169,7 @@ def _calibrate(settings: TrainSAESettings, model: LanguageModel | None, result: 
             result.notes.append("the stream gave no batch, so the time could not be measured")
 
 
-class _Limited:
+class TimedStream:
     """A stream that ends when its time is up, and counts what it gave. The first step (allocations, caches) is not counted."""
 
     def __init__(self, stream: Any):

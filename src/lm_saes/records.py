@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_saes.config import TrainSAESettings
-from lm_saes.config.base import RUN_RECORDS, validated
+from lm_saes.config.base import RUN_RECORDS, BaseConfig, validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.version import __version__
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
 
 
-def settings_record(settings: TrainSAESettings) -> dict[str, Any]:
+def settings_record(settings: BaseConfig) -> dict[str, Any]:
     """What `settings.json` holds: the settings that were given (defaults depend on the run's length and on the machine, so they must stay
     defaults when the file is read again), versions, and all settings as they were resolved."""
     return {"versions": versions(), **settings.model_dump(mode="json", exclude_unset=True), "resolved": settings.as_dict()}

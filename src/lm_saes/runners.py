@@ -7,7 +7,6 @@ folded, saved, and, if asked for, evaluated on held-out text. `train_sae` is the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,13 +15,14 @@ from lm_saes.assembly import (
     FOLDABLE,
     check_joints,
     evaluation_stream,
+    first_batches,
     load_dictionary,
     open_model,
     open_stream,
     start_dictionary,
     with_device,
 )
-from lm_saes.config import EvalConfig, EvaluateSAESettings, InitializerConfig, PretrainedSAE, StreamSettings, TrainSAESettings
+from lm_saes.config import EvalConfig, EvaluateSAESettings, PretrainedSAE, StreamSettings, TrainSAESettings
 from lm_saes.errors import NonFiniteError
 from lm_saes.evaluation.evaluator import Evaluator, Metrics
 from lm_saes.evaluation.pca import PCABaseline
@@ -53,7 +53,7 @@ TOKENS_DURING_TRAINING = 50_000
 """Tokens of the evaluations inside a training."""
 
 Report = Callable[[TrainSAESettings, str, Any], None]
-"""Gets to know, for a run, what is known by name: "model", "initialization", "stream", "evaluation"."""
+"""Gets to know, for a run, what is known by name: "model", "initialization", "begin" (of training), "stream", "evaluation"."""
 
 
 class Outcome(NamedTuple):
@@ -75,7 +75,8 @@ def train_sae(
         settings: What to train, on what, how.
         resume: Go on from the newest whole checkpoint in the folder, or start afresh when it is empty.
         loggers: Where metrics go beside `metrics.jsonl` and what the settings name.
-        report: Called with a name and a value as things become known: "model", "initialization", "stream", "evaluation".
+        report: Called with a name and a value as things become known: "model", "initialization", "begin" (of training), "stream",
+            "evaluation".
 
     Returns:
         The finished dictionary, folded (unless the settings say otherwise) and in eval mode.
@@ -109,14 +110,14 @@ def train_together(members: Sequence[TrainSAESettings], *, resume: bool, loggers
     checkpoints = dict(zip(going, _open_folders(list(going.values()), resume), strict=True))
     placed = {index: with_device(settings) for index, settings in going.items()}
     model = open_model(with_device(members[0]))
-    report(members[0], "model", model)
     for settings in members:
         check_joints(settings, model)
+    report(members[0], "model", model)
     stream = open_stream(with_device(members[0]), model, members[0].data_seed)
     configured = {index: [*loggers[index], *_configured_loggers(settings, several)] for index, settings in going.items()}
 
     runs: dict[int, Run] = {}
-    start = stream if len(going) == 1 or any(checkpoints.values()) else _first_batches(members[0], stream)
+    start = stream if len(going) == 1 or any(checkpoints.values()) else first_batches(members[0], stream)
     bearer = max(going, key=lambda index: _step(checkpoints[index]), default=None)  # of one moment, so one is read with the stream's state
     for index, settings in placed.items():
         try:
@@ -133,6 +134,7 @@ def train_together(members: Sequence[TrainSAESettings], *, resume: bool, loggers
         runs[index] = Run(sae, settings.trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, eval_fn=eval_fn)
     del start
     if runs:
+        report(members[0], "begin", None)
         train(list(runs.values()), stream)
         report(members[0], "stream", stream)
     errors |= {index: run.error for index, run in runs.items() if run.error is not None}
@@ -166,12 +168,6 @@ def _open_folders(members: Sequence[TrainSAESettings], resume: bool) -> Sequence
 
 def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
-
-
-def _first_batches(settings: TrainSAESettings, stream: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the dictionaries are initialised from, all from the same batches."""
-    n = 0 if isinstance(settings.sae, PretrainedSAE) else (settings.initializer or InitializerConfig()).n_batches
-    return list(itertools.islice(stream, n))
 
 
 def _dictionary(

@@ -7,6 +7,7 @@ each item holds what may differ: the dictionary, its initialisation and its trai
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -22,6 +23,9 @@ from lm_saes.errors import ConfigError, did_you_mean
 
 Grid = Mapping[str, Sequence[Any]]
 """The values of each field that differs: `{"trainer.lr": [1e-4, 3e-4], "sae.act_fn": ["topk", "batchtopk"]}`."""
+
+SWEEP_FILE = "sweep.json"
+"""The settings in a sweep's folder."""
 
 SWEPT = ("sae", "initializer", "trainer")
 """The tables of `TrainSAESettings` that may differ between runs on one stream."""
@@ -62,9 +66,9 @@ class SweepSAESettings(TrainingSettings):
         names = [item.sae_name for item in self.items]
         if double := _double(names):
             raise ValueError(f"items must have different names, got sae_name = {double!r} twice")
-        folders = [PurePath(self.folder(item)) for item in self.items]
-        if double := _double([PurePath(self.exp_result_path), *folders]):
-            raise ValueError(f"each run and the sweep need folders of their own, got {str(double)!r} twice; change exp_result_path")
+        folders = [os.path.normpath(self.folder(item)) for item in self.items]
+        if double := _double([os.path.normpath(self.exp_result_path), *folders]):
+            raise ValueError(f"each run and the sweep need folders of their own, got {double!r} twice; change exp_result_path")
         needed = {item.sae_name: _initialization_batches(item) for item in self.items}
         if len(set(needed.values())) > 1:
             (one, a), (other, b) = next(pair for pair in itertools.combinations(needed.items(), 2) if pair[0][1] != pair[1][1])
@@ -101,8 +105,8 @@ class SweepSAESettings(TrainingSettings):
     def from_grid(cls, base: TrainSAESettings, grid: Grid) -> Self:
         """Every combination of the grid's values, laid over the settings of one run.
 
-        The sweep's folder is the run's (`trainer.exp_result_path`), each member's a folder in it whose name is made of the values that differ.
-        The stream's seed is the one that the run would have had.
+        The sweep's folder is the run's (`trainer.exp_result_path`). Each member is named after the values that differ, in a series with the
+        run's name (where the run names no series). The stream's seed is the one that the run would have had.
 
         Raises:
             ConfigError: a field does not exist, is not the dictionary's, the initializer's or the trainer's, or does not take a value.
@@ -114,11 +118,14 @@ class SweepSAESettings(TrainingSettings):
             raise ConfigError("trackio takes one run at a time; leave it out of a sweep (wandb, tensorboard and metrics.jsonl take many)")
         shared = {name: value for name, value in table.items() if name in cls.model_fields}
         own = {name: value for name, value in table.items() if name in SweepingItem.model_fields}
-        folder = base.trainer.exp_result_path
-        items = [_item(own, folder, dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+        own["trainer"].pop("exp_result_path", None)
+        own.setdefault("sae_series", base.sae_name)
+        items = [_item(own, dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
         if any(path.startswith("sae.hook_point_") for path in grid):  # only what the members need: the run's own hook point may not be
             shared["activation_factory"]["hook_points"] = _hook_points(items)
-        return validated(cls, {**shared, "items": items, "exp_result_path": folder, "stream_seed": base.data_seed}, origin="the grid")
+        return validated(
+            cls, {**shared, "items": items, "exp_result_path": base.trainer.exp_result_path, "stream_seed": base.data_seed}, origin="the grid"
+        )
 
 
 def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -172,7 +179,7 @@ def _check_axis(path: str, values: Sequence[Any]) -> None:
         raise ConfigError(f"the grid has the value {double} of {path} twice")
 
 
-def _item(base: dict[str, Any], folder: str, point: dict[str, Any]) -> dict[str, Any]:
+def _item(base: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     """The table of one item: the base with the point's values laid over it, named after them."""
     label = _label(point)
     changes: dict[str, Any] = {}
@@ -185,8 +192,7 @@ def _item(base: dict[str, Any], folder: str, point: dict[str, Any]) -> dict[str,
         for name in tables:
             inner = inner.setdefault(name, {})
         inner[field] = value
-    changes["sae_name"] = f"{base['sae_name']}-{label}" if label else base["sae_name"]
-    changes.setdefault("trainer", {})["exp_result_path"] = str(PurePath(folder) / (label or base["sae_name"]))
+    changes["sae_name"] = label or base["sae_name"]
     if base.get("wandb") is not None:
         if base["wandb"].get("wandb_run_id") is not None:
             raise ConfigError("wandb.wandb_run_id names one run; leave it out of a sweep")
@@ -212,6 +218,8 @@ def _word(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "-".join(_word(part) for part in value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
     return str(value)
 
 

@@ -19,7 +19,7 @@ from lm_saes.config import TensorBoardConfig, TrackioConfig, WandbConfig
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.training.checkpoint import METRICS_FILE, disk_errors, write_atomically
 
-_ROW = {
+CONSOLE_METRICS = {
     "losses/overall_loss": ("loss", "{:.4g}"),
     "metrics/explained_variance": ("expl. var.", "{:.4f}"),
     "metrics/l0": ("L0", "{:.1f}"),
@@ -132,7 +132,7 @@ class Console(Logger):
 
     @override
     def log(self, step: int, metrics: dict[str, float], console: bool = True) -> None:
-        shown = {title: form.format(metrics[name]) for name, (title, form) in _ROW.items() if name in metrics}
+        shown = {title: form.format(metrics[name]) for name, (title, form) in CONSOLE_METRICS.items() if name in metrics}
         if not console or not shown:
             return
         if self._bar is None:
@@ -142,7 +142,7 @@ class Console(Logger):
             self._last_line = now
             left = (self._total_steps - step) * self._tokens_per_step / max(self._rate(step), 1e-9)
             cells = "  ".join(f"{title} {text}" for title, text in shown.items())
-            self._print(f"step {step}/{self._total_steps}  {cells}  {self._rate(step):,.0f} tokens/s  {_duration(left)} left")
+            self._print(f"step {step}/{self._total_steps}  {cells}  {self._rate(step):,.0f} tokens/s  {duration_text(left)} left")
             return
         if list(shown) != self._titles:
             self._titles = list(shown)
@@ -163,7 +163,7 @@ class Console(Logger):
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

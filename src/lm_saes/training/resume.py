@@ -26,9 +26,9 @@ def common_checkpoints(cfgs: Sequence[TrainerConfig]) -> list[Path] | None:
         if None not in chosen:
             return [path for path in chosen if path is not None]
     if len(steps) > 1:
-        lacking = next(cfg.exp_result_path for cfg, checkpoints in zip(cfgs, saved, strict=True) if len(checkpoints) < len(steps))
+        lacking, _ = min(zip(cfgs, saved, strict=True), key=lambda pair: len(pair[1]))
         raise RunFolderError(
-            f"the runs have no whole checkpoint of the same step, so they cannot go on together ({lacking} lacks some that others have); "
+            f"the runs have no whole checkpoint of the same step, so they cannot go on together ({lacking.exp_result_path} lacks some that others have); "
             "resume each alone with lm-saes train RUN/settings.json --resume, or choose another folder"
         )
     return None
