@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -46,13 +47,27 @@ def load(
 ) -> DictionaryT:
     """See `SparseDictionary.from_pretrained`."""
     folder = local_folder(folder)
-    table, provenance = read_dictionary_config(folder)
+    table, tensors, provenance = _read(folder, overrides)
+    return assemble(cls, table, tensors, provenance, str(folder / CONFIG_FILE), device_mesh, fold_activation_scale, strict, overrides)
+
+
+def assemble(
+    cls: type[DictionaryT],
+    table: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    provenance: dict[str, Any],
+    origin: str,
+    device_mesh: Any,
+    fold_activation_scale: bool,
+    strict: bool,
+    overrides: Mapping[str, Any],
+) -> DictionaryT:
+    """The dictionary of saved fields and tensors, in eval mode. `origin` names the configuration in errors."""
     asked = {name: value for name, value in overrides.items() if not (name == "dtype" and value is None)}
-    cfg = validated(_variant(cls, table.get("sae_type"), folder)[0], {**table, **asked}, origin=str(folder / CONFIG_FILE))
-    tensors = read_weights(folder / WEIGHTS_FILE, table.get(_MODE))
+    cfg = validated(_variant(cls, table.get("sae_type"), origin)[0], {**table, **asked}, origin=origin)
     # On "meta" nothing is allocated or drawn that the saved tensors then replace; where some may be missing, they keep their start.
     dictionary = build(cls, cfg.replace(device="meta" if strict else "cpu"), device_mesh)
-    _check(folder / WEIGHTS_FILE, dictionary.state_dict(), tensors, strict)
+    _check(origin, dictionary.state_dict(), tensors, strict)
     dictionary.load_state_dict(tensors, strict=strict, assign=True)
     dtype = cfg.dtype if "dtype" in asked else _weight_dtype(dictionary)
     dictionary.to(device=resolve_device(cfg.device), dtype=dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -61,6 +76,27 @@ def load(
     if fold_activation_scale and cfg.norm_activation != "inference":
         dictionary.fold_activation_scale()
     return dictionary.eval()
+
+
+def _read(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Fields, tensors and provenance of a folder of ours, or of another library's."""
+    if not _says_ours(folder / CONFIG_FILE):
+        from lm_saes import interop  # the one upward step: a folder that is not ours
+
+        foreign = interop.read(folder, overrides)
+        if foreign is not None:
+            return foreign
+    table, provenance = read_dictionary_config(folder)
+    return table, read_weights(folder / WEIGHTS_FILE, table.get(_MODE)), provenance
+
+
+def _says_ours(path: Path) -> bool:
+    """Whether it is a configuration that this library wrote. (Other libraries have a `config.json` too.)"""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and "schema_version" in table
 
 
 def local_folder(name_or_path: str | Path, token: str | None = None) -> Path:
@@ -72,7 +108,9 @@ def local_folder(name_or_path: str | Path, token: str | None = None) -> Path:
     name = str(name_or_path)
     if Path(name).is_dir() or hub.split_name(name) is None:
         return Path(name)
-    return hub.fetch(name, [CONFIG_FILE, WEIGHTS_FILE], "the dictionary", WeightsError, token)
+    from lm_saes import interop
+
+    return hub.fetch(name, list(dict.fromkeys([CONFIG_FILE, WEIGHTS_FILE, *interop.FILES])), "the dictionary", WeightsError, token)
 
 
 def upload(dictionary: SparseDictionary, repo_id: str, name: str, lm_config: LanguageModelConfig | None, token: str | None, private: bool) -> None:
@@ -141,7 +179,7 @@ def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Te
     return tensors
 
 
-def _check(path: Path, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], strict: bool) -> None:
+def _check(origin: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], strict: bool) -> None:
     """Names and shapes, all differences in one line. Shapes must agree in any case."""
     faults = [
         f"{name} has shape {list(got[name].shape)}, wanted {list(wanted[name].shape)}"
@@ -153,7 +191,7 @@ def _check(path: Path, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], 
         faults += [f"{name} is unexpected" for name in got if name not in wanted]
     if faults:
         remedy = "" if not strict else "; check config.json, or pass strict_loading=False for missing or unexpected tensors"
-        raise WeightsError(f"{path} does not match its {CONFIG_FILE}: {', '.join(faults)}{remedy}")
+        raise WeightsError(f"the weights do not match {origin}: {', '.join(faults)}{remedy}")
 
 
 def _weight_dtype(dictionary: SparseDictionary) -> torch.dtype:
@@ -178,11 +216,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _variant(cls: type[DictionaryT], sae_type: Any, folder: Path | None = None) -> tuple[type[SparseDictionaryConfig], type[DictionaryT]]:
+def _variant(cls: type[DictionaryT], sae_type: Any, origin: str = "") -> tuple[type[SparseDictionaryConfig], type[DictionaryT]]:
     from lm_saes.models import VARIANTS  # the table names the variants, which are built on this file
 
     if sae_type not in VARIANTS:
-        where = f"{folder / CONFIG_FILE}: " if folder else ""
+        where = f"{origin}: " if origin else ""
         raise ConfigError(f"{where}sae_type must be one of {', '.join(VARIANTS)}, got {sae_type!r}")
     cfg_class, variant = VARIANTS[sae_type]
     if not issubclass(variant, cls):

@@ -146,6 +146,8 @@ class TrainingStep:
             vitals |= {f"the gradient of {name}": norm for name, norm in zip(self.names.values(), norms, strict=True)}
         values = torch.stack([value.float() for value in vitals.values()])
         self.watch.check(step + 1, batch, list(vitals), values)
+        with torch.no_grad():  # before the weights move: the codes, and the norms that the gate multiplies them by, are those of these weights
+            self.sae.update_statistics(result.forward, result.x, result.mask)
         if not self.scaler.is_enabled() and self.device.type == "cuda":
             self.optimizer.found_inf = (~torch.isfinite(values).all()).float()  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
         if self.cfg.clip_grad_norm > 0:
@@ -162,7 +164,6 @@ class TrainingStep:
             )
 
     def _update_statistics(self, result: BatchResult, scheduled: Knobs, step: int) -> None:
-        self.sae.update_statistics(result.forward, result.x, result.mask)
         self.tokens += result.tokens
         self.dead_latents.update(result.counts, result.tokens)
         self.density.update(result.counts, result.tokens)
