@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from lm_saes.evaluation.evaluator import Evaluator as Evaluator
     from lm_saes.generate import generate_activations as generate_activations
     from lm_saes.lm.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
+    from lm_saes.inspection.inspect import inspect_activations as inspect_activations
+    from lm_saes.inspection.report import ActivationReport as ActivationReport
     from lm_saes.lm.language_model import LanguageModel as LanguageModel
     from lm_saes.lm.language_model import TokenizerOnlyLanguageModel as TokenizerOnlyLanguageModel
     from lm_saes.lm.language_model import load_model as load_model
@@ -71,6 +73,8 @@ _PUBLIC_NAMES = {
     "lm_saes.evaluation.evaluator": ["Evaluator"],
     "lm_saes.generate": ["generate_activations"],
     "lm_saes.lm.huggingface": ["HuggingFaceLanguageModel"],
+    "lm_saes.inspection.inspect": ["inspect_activations"],
+    "lm_saes.inspection.report": ["ActivationReport"],
     "lm_saes.lm.language_model": ["LanguageModel", "TokenizerOnlyLanguageModel", "load_model"],
     "lm_saes.lm.transformer_lens": ["TransformerLensLanguageModel"],
     "lm_saes.models.activation_functions": ["JumpReLU"],
