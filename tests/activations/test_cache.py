@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from lm_saes.activations import writer as writer_module
-from lm_saes.activations.cache import ORIGIN, ActivationCache
+from lm_saes.activations.cache import ActivationCache
 from lm_saes.activations.cache_format import MANIFEST_FILE
 from lm_saes.activations.foreign_cache import open_activations
+from lm_saes.activations.stored import ORIGIN
 from lm_saes.errors import CacheError, ConfigError
 from tests.activations.caches import CONTEXT, ONE, TWO, cached, text_stream, write
 from tests.activations.fake import HOOKS, WIDTH, FakeLanguageModel
@@ -50,7 +51,9 @@ def test_each_kept_token_is_there_once_with_its_activation(tmp_path: Path, dtype
     assert torch.cat(origins).unique().numel() == len(wanted) == manifest.tokens
 
 
-def test_int8_is_about_half_of_float16_and_a_quarter_of_float32_on_disk(tmp_path: Path) -> None:
+def test_int8_is_about_half_of_float16_and_a_quarter_of_float32_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "GROUP_BYTES", 2**20)
+
     class Wide(FakeLanguageModel):
         def hook_width(self, hook_point: str) -> int:
             return 256

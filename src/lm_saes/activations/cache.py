@@ -1,8 +1,4 @@
-"""Activations on disk, opened for reading.
-
-`StoredActivations` is what the streams ask of them, whatever their format: samples in groups, each group one piece of sequential reading that any
-thread can read by its number. `ActivationCache` is the library's own format (`cache_format.py`); `foreign_cache.py` has the others.
-"""
+"""A cache in the library's own format (`cache_format.py`), opened for reading: everything that is read is checked."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import json
 import logging
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,54 +27,12 @@ from lm_saes.activations.cache_format import (
     words,
 )
 from lm_saes.activations.quantization import Quantized, dequantize
+from lm_saes.activations.stored import ORIGIN, Samples, StoredActivations
 from lm_saes.errors import CacheError
 
 log = logging.getLogger("lm_saes")
 
-Samples = dict[str, Any]
-"""`{hook point: [n, D] or [n, S, D], "tokens": [n] or [n, S] int64, "mask": bool}`; sequences also have `attention_mask` and `meta`."""
-
-ORIGIN = "origin"
-"""Key of `[n]` or `[n, S]` int64: where each token stood when the cache was written, context · S + position."""
-
 OPEN_FILES = 128
-
-
-class StoredActivations(ABC):
-    """Samples on disk, read group by group."""
-
-    hook_widths: dict[str, int]
-    context_size: int | None
-    """Positions of a context; None where that is not known."""
-    sequences: bool
-    """Whether a sample is a sequence (2D) or a single activation (1D)."""
-    filtered: bool
-    """Whether outliers were dropped when it was written."""
-    provenance: dict[str, Any]
-    """Where it comes from, as far as it says."""
-    n_samples: int
-
-    @property
-    @abstractmethod
-    def n_groups(self) -> int: ...
-
-    @abstractmethod
-    def read(self, group: int, hook_points: Sequence[str], *, origin: bool = False) -> Samples | None:
-        """The samples of a group, on the CPU, with `origin` also where they come from; None for one that is damaged and may be skipped.
-
-        Raises:
-            CacheError: it is damaged or missing; the message names the file.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes when the content does: states of streams hold it."""
-
-    def require(self, hook_points: Sequence[str]) -> None:
-        """Raises `CacheError` if it does not hold the hook points."""
-        missing = [hook for hook in hook_points if hook not in self.hook_widths]
-        if missing:
-            raise CacheError(f"the activations on disk have no hook point {missing[0]}; they have {', '.join(self.hook_widths)}")
 
 
 class Damage(NamedTuple):

@@ -44,12 +44,12 @@ from lm_saes.errors import CacheError
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 UNFINISHED = ".unfinished-"
-GROUP_BYTES = 4 * 2**20
-"""Activations of one hook point in one group: the unit of reading."""
+GROUP_BYTES = 8 * 2**20
+"""Activations of one hook point in one group, the unit of reading, as if they were float32: the order of reading does not depend on the data type."""
 LARGEST_MANIFEST = 2**30
 
 DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
     "BOOL": torch.bool, "U8": torch.uint8,
 }  # fmt: skip
 """The data types of tensors in a shard, by their names in safetensors."""

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm_saes.activations.cache import ORIGIN, ActivationCache, Samples, StoredActivations
+from lm_saes.activations.cache import ActivationCache
 from lm_saes.activations.cache_format import HEADER_ERRORS, MANIFEST_FILE, Place, read_entries, read_header, words
 from lm_saes.activations.cache_progress import begun_parts
+from lm_saes.activations.stored import ORIGIN, Samples, StoredActivations
 from lm_saes.errors import CacheError, did_you_mean
 
 log = logging.getLogger("lm_saes")

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lm_saes.activations.cache import ORIGIN
+from lm_saes.activations.cache import ActivationCache
 from lm_saes.activations.cache_read import cached_stream
+from lm_saes.activations.stored import ORIGIN
 from lm_saes.config import ActivationFactoryActivationsSource, ActivationFactoryConfig, ActivationFactoryTarget
 from lm_saes.errors import CacheError
 
@@ -85,8 +86,6 @@ def shuffle_quality(path: str, *, buffer_size: int | None, batch_size: int, seed
     Raises:
         CacheError: there is no cache, or it does not record where its activations come from.
     """
-    from lm_saes.activations.cache import ActivationCache
-
     cache = ActivationCache(path)
     batch_size = min(batch_size, cache.manifest.tokens)
     cfg = ActivationFactoryConfig(

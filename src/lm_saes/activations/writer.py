@@ -185,7 +185,7 @@ class _Writing:
             progress.shape = {
                 "hook_points": widths, "dtype": name, "context_size": context,
                 "samples_per_shard": cfg.n_samples_per_chunk or max(1, SHARD_BYTES // per_sample),
-                "samples_per_group": max(1, GROUP_BYTES // (entries * max(widths.values()) * dtype.itemsize)),
+                "samples_per_group": max(1, GROUP_BYTES // (entries * max(widths.values()) * 4)),
             }  # fmt: skip
         per_shard = progress.shape["samples_per_shard"]
         capacity = -(-(cfg.buffer_size or 1) // per_shard) * per_shard
