@@ -19,7 +19,7 @@ from lm_saes.errors import ConfigError, did_you_mean
 from lm_saes.evaluation.synthetic.protocol import KINDS, SyntheticBenchmark
 from lm_saes.evaluation.synthetic.scores import Scores
 from lm_saes.training.checkpoint import disk_errors, write_atomically
-from lm_saes.training.loggers import Logger, duration_text
+from lm_saes.training.loggers import Logger
 
 
 class Column(NamedTuple):
@@ -70,7 +70,7 @@ def synthetic(size: SyntheticPreset, seeds: int, kinds: Sequence[str] | None, sa
     terminal.print(_line(PROBE_ROW, rows[PROBE_ROW][0], time.monotonic() - start))
     terminal.print()
     terminal.print(score_table(rows))
-    terminal.print(Text(f"\n{_legend(seeds)}  {out}, {duration_text(time.monotonic() - began)}", style="dim"))
+    terminal.print(Text(f"\n{_legend(seeds)}  {out}, {(time.monotonic() - began) / 60:.1f} min", style="dim"))
     with disk_errors(str(out)):
         write_atomically(out / "table.md", markdown(rows))
 
@@ -88,7 +88,7 @@ def _legend(seeds: int) -> str:
 
 def _line(name: str, scores: Scores, seconds: float) -> Text:
     cells = "  ".join(f"{column.title} {_mean(column, [scores])}" for column in COLUMNS if column.score in {"f1", "mcc", "explained_variance", "l0"})
-    return Text.assemble((f"{name:<22}", "bold"), cells, (f"  {duration_text(seconds)}", "dim"))
+    return Text.assemble((f"{name:<22}", "bold"), cells, (f"  {seconds / 60:.1f} min", "dim"))
 
 
 def _values(column: Column, rows: Sequence[Scores]) -> list[float]:
