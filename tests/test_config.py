@@ -155,10 +155,22 @@ def test_steps_keep_ints_and_fractions_apart():
     assert type(TrainerConfig(lr_warm_up_steps=1.0).lr_warm_up_steps) is float
 
 
-@pytest.mark.parametrize("name", ["initialize_tc_with_mlp", "initialize_lorsa_with_mhsa", "model_layer"])
-def test_options_that_are_not_available_are_refused(name):
+def test_options_that_are_not_available_are_refused():
     with pytest.raises(ValidationError, match="not available"):
-        InitializerConfig(**{name: 1})
+        InitializerConfig(initialize_lorsa_with_mhsa=True)
+
+
+def test_a_start_from_the_mlp_is_not_overwritten():
+    for options in ({"init_encoder_with_decoder_transpose": True}, {"initialize_W_D_with_active_subspace": True, "d_active_subspace": "auto"}):
+        with pytest.raises(ValidationError, match="would overwrite what initialize_tc_with_mlp makes"):
+            InitializerConfig(initialize_tc_with_mlp=True, **options)
+    with pytest.raises(ValidationError, match="model_layer is the layer of initialize_tc_with_mlp"):
+        InitializerConfig(model_layer=3)
+
+
+def test_a_skip_connection_needs_another_hook_point():
+    with pytest.raises(ValidationError, match="the identity would reconstruct everything"):
+        SAEConfig(hook_point_in="h", d_model=8, expansion_factor=2, use_skip_connection=True)
 
 
 def training_settings(**changes):

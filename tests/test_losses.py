@@ -51,7 +51,7 @@ def test_values_equal_the_formulas(variant):
     cfg, weights, mask = dictionary.cfg, reference.arrays(dictionary), raw["mask"].numpy()
     x, y = raw["in"].numpy(), raw["out"].numpy()
     f = reference.codes(cfg, weights, x, cfg.top_k, mask, training=True)
-    x_hat, norm = reference.decode(weights, f), reference.decoder_norm(weights)
+    x_hat, norm = reference.decode(weights, f, x), reference.decoder_norm(weights)
     expected = {
         "reconstruction": reference.reconstruction_loss(x_hat, y, mask),
         "power 1": reference.power_loss(f, norm, mask, 1),

@@ -40,7 +40,9 @@ class HasLosses(Protocol):
 
     def encoder(self) -> Encoder: ...
     def decoder_norm(self, keepdim: bool = False) -> Float[Tensor, "*shape"]: ...
-    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]: ...
+    def prefix_errors(
+        self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False, x: Float[Tensor, "N D"] | None = None
+    ) -> list[Float[Tensor, " N"]]: ...
     def decode_latents(self, codes: Codes, latents: Int64[Tensor, " M"]) -> Float[Tensor, "N D"]: ...
     def learned_threshold(self) -> Float[Tensor, " F"] | None: ...
 
@@ -108,7 +110,7 @@ def prefix_loss(dictionary: HasLosses, inputs: LossInputs) -> Float[Tensor, ""]:
     if matryoshka is None:
         return inputs.target.new_zeros(())
     weights = matryoshka.weights or (1.0,) * len(matryoshka.widths)
-    errors = dictionary.prefix_errors(inputs.forward.codes, inputs.target, matryoshka.widths, matryoshka.detach)
+    errors = dictionary.prefix_errors(inputs.forward.codes, inputs.target, matryoshka.widths, matryoshka.detach, inputs.x)
     return torch.stack([weight * masked_mean(error, inputs.mask) for weight, error in zip(weights, errors, strict=True)]).sum()
 
 

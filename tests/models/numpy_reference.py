@@ -53,8 +53,9 @@ def largest(q, k):
     return chosen & (q > 0)
 
 
-def decode(weights, f):
-    return f @ weights["W_D"] + weights.get("b_D", 0.0)
+def decode(weights, f, x):
+    skipped = x @ weights["W_skip"] if "W_skip" in weights else 0.0
+    return f @ weights["W_D"] + weights.get("b_D", 0.0) + skipped
 
 
 def scale(cfg, x, mask, constant_norm, training):

@@ -50,7 +50,7 @@ def test_equals_the_formulas(variant, training):
     np.testing.assert_allclose(dictionary.prepare_label(normalized).numpy(), y, rtol=1e-13)
     forward = dictionary.run(dictionary.prepare_input(normalized), mask=raw["mask"])
     np.testing.assert_allclose(ops.to_dense(forward.codes).detach(), f, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(forward.reconstruction.detach(), reference.decode(weights, f), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(forward.reconstruction.detach(), reference.decode(weights, f, x), rtol=1e-10, atol=1e-13)
     assert 0 < (f != 0).mean() < 1, "the example shows nothing"
 
 
@@ -65,7 +65,7 @@ def test_shapes(variant):
     assert dictionary.decode(codes).shape == dictionary(x).shape == (2, 3, D)
     assert dictionary.features(deep).shape == (2, 3, F)
     assert dictionary.reconstruct(deep).shape == (2, 3, D)
-    torch.testing.assert_close(dictionary(x), dictionary.decode(codes))
+    torch.testing.assert_close(dictionary(x), dictionary.decode(codes, x))
     torch.testing.assert_close(dictionary.features(deep).view(6, F), dictionary.features(raw))
     torch.testing.assert_close(dictionary.reconstruct(deep).view(6, D), dictionary.reconstruct(raw))
     assert torch.all((codes == 0) | (codes == hidden)), "a code is the gated h"
@@ -77,7 +77,7 @@ def test_reconstruct_leads_back_to_raw_space(variant):
     weights = reference.arrays(dictionary)
     x, _, s_out = numpy_space(dictionary, raw, training=False)
     f = reference.codes(dictionary.cfg, weights, x, K, raw["mask"].numpy(), training=False)
-    np.testing.assert_allclose(dictionary.reconstruct(raw).detach(), reference.decode(weights, f) / s_out, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(dictionary.reconstruct(raw).detach(), reference.decode(weights, f, x) / s_out, rtol=1e-10, atol=1e-13)
     normalized, factors = dictionary.normalize_activations(raw, return_scale_factor=True)
     back = dictionary.denormalize_activations(normalized, factors)
     assert set(factors) == set(dictionary.cfg.associated_hook_points)

@@ -521,3 +521,83 @@ def test_bad_streams_and_arguments() -> None:
         initializer.initialize_sae_from_config(config(), [{"a": torch.zeros(4, D)}])
     with pytest.raises(ConfigError, match="d_model"):
         initializer.initialize_sae_from_config(config(), [{"a": torch.ones(4, D + 1)}])
+
+
+# ------------------------------------------------------------------------------------------- transcoders from the MLP
+
+LN, OUT = "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"
+
+
+class GatedMLP:
+    """relu(x G) * (x U) @ O as a language model's MLP of layer 3."""
+
+    def __init__(self, n_neurons: int = 20) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.gate, self.up = torch.randn(D, n_neurons, generator=generator), torch.randn(D, n_neurons, generator=generator)
+        self.down = torch.randn(n_neurons, D, generator=generator)
+        self.hook_in, self.hook_out, self.neurons = LN, OUT, self.gate.T
+
+    def respond(self, x: Tensor) -> Tensor:
+        return ((x @ self.gate).relu() * (x @ self.up)) @ self.down
+
+    def mlp(self, layer: int) -> GatedMLP:
+        assert layer == 3
+        return self
+
+
+def mlp_stream(mlp: GatedMLP) -> list[dict[str, Any]]:
+    return [{LN: batch["a"], OUT: mlp.respond(batch["a"]), "mask": batch["mask"]} for batch in stream()]
+
+
+def transcoder(mlp: Any, fields: dict[str, Any] | None = None, **options: Any) -> SparseAutoEncoder:
+    cfg = config(hook_point_in=LN, hook_point_out=OUT, **(fields or {}))
+    initializer = Initializer(InitializerConfig(initialize_tc_with_mlp=True, **options))
+    return initializer.initialize_sae_from_config(cfg, mlp_stream(mlp), model=mlp)
+
+
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "token-wise", "inference"])
+def test_a_transcoder_starts_from_its_mlp(norm_activation: str) -> None:
+    mlp = GatedMLP()
+    sae = transcoder(mlp, {"norm_activation": norm_activation})
+    drawn, _ = initialize(config(hook_point_in=LN, hook_point_out=OUT), mlp_stream(mlp))
+    cosine = torch.nn.functional.cosine_similarity(sae.W_E.T[:20], mlp.neurons, dim=1)
+    torch.testing.assert_close(cosine, torch.ones(20))
+    torch.testing.assert_close(sae.W_E[:, 20:], drawn.W_E[:, 20:])  # more latents than neurons: those stay as drawn
+    # Decoder rows, from raw activations and from the definition.
+    x = torch.cat([batch[LN] for batch in mlp_stream(mlp)])
+    scaled = x * (math.sqrt(D) / x.norm(dim=1, keepdim=True)) if norm_activation == "token-wise" else x
+    size = math.sqrt(D) / x.norm(dim=1).mean() if norm_activation == "token-wise" else 1.0
+    mean = scaled.mean(0) / size
+    step = (scaled - scaled.mean(0)).norm(dim=1).mean() / size
+    answers = mlp.respond(mean + step * sae.W_E.T / sae.W_E.T.norm(dim=1, keepdim=True)) - mlp.respond(mean[None])
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(sae.W_D, answers, dim=1), torch.ones(sae.cfg.d_sae), rtol=1e-4, atol=1e-4)
+
+
+def test_a_transcoder_from_its_mlp_explains_more_than_a_drawn_one() -> None:
+    mlp = GatedMLP()
+    x, y = (torch.cat([batch[hook] for batch in mlp_stream(mlp)]) for hook in (LN, OUT))
+
+    def error(sae: SparseAutoEncoder) -> float:
+        return float((sae.eval().reconstruct({LN: x, OUT: y}) - y).square().sum() / (y - y.mean(0)).square().sum())
+
+    options = {"grid_search_init_norm": True, "bias_init_method": "geometric_median", "init_encoder_bias_with_mean_hidden_pre": True}
+    drawn, _ = initialize(config(hook_point_in=LN, hook_point_out=OUT), mlp_stream(mlp), **options)
+    assert error(transcoder(mlp, **options)) < 0.9 * error(drawn)
+
+
+def test_more_neurons_than_latents() -> None:
+    sae = transcoder(GatedMLP(n_neurons=200))
+    assert sae.W_E.isfinite().all()
+    assert sae.W_D.isfinite().all()
+
+
+def test_what_a_start_from_the_mlp_needs() -> None:
+    mlp = GatedMLP()
+    with pytest.raises(ConfigError, match="needs the language model"):
+        initialize(config(hook_point_in=LN, hook_point_out=OUT), mlp_stream(mlp), initialize_tc_with_mlp=True)
+    with pytest.raises(ConfigError, match="which the MLP of layer 3 reads and gives; got 'a' and 'b'"):
+        Initializer(InitializerConfig(initialize_tc_with_mlp=True, model_layer=3)).initialize_sae_from_config(
+            config(hook_point_out="b"), stream(), model=mlp
+        )
+    with pytest.raises(ConfigError, match="set model_layer"):
+        Initializer(InitializerConfig(initialize_tc_with_mlp=True)).initialize_sae_from_config(config(hook_point_out="b"), stream(), model=mlp)

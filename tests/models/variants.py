@@ -15,7 +15,7 @@ FACTORS = {
     "use_glu_encoder": [False, True],
     "use_decoder_bias": [True, False],
     "sparsity_include_decoder_norm": [True, False],
-    "transcoder": [False, True],
+    "transcoder": [False, True, "skip"],
 }
 NORMS = {"in": 3.0, "out": 0.7}
 D, F, K = 5, 12, 3
@@ -47,7 +47,9 @@ def name_of(combination: dict) -> str:
 
 def config(combination: dict, **fields) -> SAEConfig:
     options = {"norm_activation": "inference", **combination}
-    hook_point_out = "out" if options.pop("transcoder", False) else "in"
+    transcoder = options.pop("transcoder", False)
+    hook_point_out = "out" if transcoder else "in"
+    options["use_skip_connection"] = transcoder == "skip"
     return SAEConfig(
         **{"d_model": D, "expansion_factor": F / D, "top_k": K, "dtype": "float64", "jumprelu_threshold_window": 0.5, **options, **fields},
         hook_point_in="in",

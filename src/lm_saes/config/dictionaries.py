@@ -168,6 +168,8 @@ class SAEConfig(SparseDictionaryConfig):
     """Hook point whose activation is reconstructed; the same as `hook_point_in` when left out."""
     use_glu_encoder: bool = False
     """Encoder with a gated linear unit: h = (x W_E + b_E) * sigmoid(x W_E_glu + b_E_glu)."""
+    use_skip_connection: bool = False
+    """Add x W_skip to the reconstruction, W_skip zero at the start: a skip transcoder (arXiv 2501.18823). Needs hook points that differ."""
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +177,14 @@ class SAEConfig(SparseDictionaryConfig):
         if isinstance(data, dict) and not data.get("hook_point_out") and isinstance(data.get("hook_point_in"), str):
             return {**data, "hook_point_out": data["hook_point_in"]}
         return data
+
+    @model_validator(mode="after")
+    def _skip_connection_of_a_transcoder(self) -> Self:
+        if self.use_skip_connection and not self.is_transcoder:
+            raise ValueError(
+                "use_skip_connection is for transcoders: with hook_point_out = hook_point_in the identity would reconstruct everything; leave it out"
+            )
+        return self
 
     @property
     def hooks_in(self) -> list[str]:
@@ -227,9 +237,9 @@ class InitializerConfig(BaseConfig):
     initialize_lorsa_with_mhsa: bool | None = None
     """For Lorsa, which this version does not have: must stay unset."""
     initialize_tc_with_mlp: bool | None = None
-    """Not available in this version: must stay unset."""
+    """Start a transcoder of an MLP from that MLP: encoder columns along what its neurons read, decoder rows along what it answers to each."""
     model_layer: int | None = None
-    """Used by the two options above: must stay unset."""
+    """The layer of that MLP; `None`: the one that the dictionary's hook points name."""
     init_encoder_bias_with_mean_hidden_pre: bool = False
     """Centre the pre-activations: b_E = -mean of x W_E."""
     n_batches: int = Field(default=8, ge=1)
@@ -241,7 +251,12 @@ class InitializerConfig(BaseConfig):
             raise ValueError('initialize_W_D_with_active_subspace needs d_active_subspace: a dimension (about 0.5 * d_model) or "auto"')
         if isinstance(self.d_active_subspace, int) and self.d_active_subspace < 1:
             raise ValueError(f"d_active_subspace must be at least 1, got {self.d_active_subspace}")
-        for name in ("initialize_lorsa_with_mhsa", "initialize_tc_with_mlp", "model_layer"):
-            if getattr(self, name) not in (None, False):
-                raise ValueError(f"{name} is not available in this version; leave it out")
+        if self.initialize_lorsa_with_mhsa:
+            raise ValueError("initialize_lorsa_with_mhsa is not available in this version; leave it out")
+        if self.model_layer is not None and not self.initialize_tc_with_mlp:
+            raise ValueError("model_layer is the layer of initialize_tc_with_mlp; set initialize_tc_with_mlp = true or leave model_layer out")
+        if self.initialize_tc_with_mlp:
+            for name in ("init_encoder_with_decoder_transpose", "initialize_W_D_with_active_subspace"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} would overwrite what initialize_tc_with_mlp makes; leave one of them out")
         return self

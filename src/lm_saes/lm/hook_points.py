@@ -58,6 +58,10 @@ class Layout:
     resid_mid: str
     final_norm: str | None
     """Beside the list of blocks."""
+    neurons: str
+    """The linear map into the MLP's hidden layer (with a gated MLP: the gate)."""
+    mlp: tuple[str, ...]
+    """The modules that lead from what `neurons` reads to `mlp_out`, one after the other."""
     parallel_flag: str | None = None
     """Field of the model's configuration that says that attention and MLP read the same input."""
 
@@ -71,6 +75,8 @@ _LLAMA = Layout(
     mlp_out="mlp",
     resid_mid="post_attention_layernorm:in",
     final_norm="norm",
+    neurons="mlp.gate_proj",
+    mlp=("mlp",),
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -83,6 +89,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="mlp",
         resid_mid="ln_2:in",
         final_norm="ln_f",
+        neurons="mlp.c_fc",
+        mlp=("mlp",),
     ),
     "GPT-NeoX": Layout(
         norms=frozenset({"input_layernorm", "post_attention_layernorm"}),
@@ -93,6 +101,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="mlp",
         resid_mid="post_attention_layernorm:in",
         final_norm="final_layer_norm",
+        neurons="mlp.dense_h_to_4h",
+        mlp=("mlp",),
         parallel_flag="use_parallel_residual",
     ),
     "Llama": _LLAMA,  # also Mistral, Qwen 2 and 3, Gemma 1, and the mixtures of experts of Mixtral and Qwen
@@ -105,6 +115,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="post_feedforward_layernorm",
         resid_mid="pre_feedforward_layernorm:in",
         final_norm="norm",
+        neurons="mlp.gate_proj",
+        mlp=("mlp", "post_feedforward_layernorm"),
     ),
     "BERT": Layout(
         norms=frozenset(),
@@ -115,6 +127,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="output.dense",
         resid_mid="attention.output.LayerNorm",
         final_norm=None,
+        neurons="intermediate.dense",
+        mlp=("intermediate", "output.dense"),
     ),
     "DistilBERT": Layout(
         norms=frozenset({"sa_layer_norm", "output_layer_norm"}),
@@ -125,6 +139,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="ffn",
         resid_mid="sa_layer_norm",
         final_norm=None,
+        neurons="ffn.lin1",
+        mlp=("ffn",),
     ),
 }
 
@@ -201,6 +217,23 @@ class HookPoints:
         final_norm = ".".join(filter(None, (parent, layout.final_norm)))
         if layout.final_norm and final_norm in self._modules:
             self._sites["ln_final.hook_normalized"] = Site(final_norm, "out")
+
+    def mlp(self, index: int) -> tuple[nn.Module | None, list[nn.Module]]:
+        """The linear map into the hidden layer of a block's MLP (None where there is no single one: a mixture of experts), and the modules
+        that lead from `ln2.hook_normalized` (BERT and its kin: `hook_resid_mid`) to `hook_mlp_out`.
+
+        Raises:
+            HookPointError: the blocks of this model are not known, or there is no such block.
+        """
+        if self.layout is None or not 0 <= index < self.n_blocks:
+            raise HookPointError(f"no MLP of block {index}: this {self.model_type} model has {self.n_blocks} blocks of a known kind")
+        layout, block = LAYOUTS[self.layout], self._sites[f"blocks.{index}.hook_resid_post"].module
+        return self._modules.get(f"{block}.{layout.neurons}"), [self._modules[f"{block}.{part}"] for part in layout.mlp]
+
+    @property
+    def normalizes_after(self) -> bool:
+        """Whether norms come after adding, as in BERT."""
+        return self.layout is not None and LAYOUTS[self.layout].resid_mid == LAYOUTS[self.layout].ln1
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from lm_saes.config import LanguageModelConfig
 from lm_saes.devices import resolve_device
@@ -22,7 +23,10 @@ from lm_saes.lm import tokenization
 from lm_saes.lm.demo import DEMO_NAME, demo_folder
 from lm_saes.lm.hook_points import HookPoints
 from lm_saes.lm.hooks import capture, edited, evaluating
-from lm_saes.lm.language_model import Edit, LanguageModel
+from lm_saes.lm.language_model import MLP, Edit, LanguageModel
+
+_MLP_ROWS = 1024
+"""Rows that go through an MLP at a time."""
 
 
 class HuggingFaceLanguageModel(LanguageModel):
@@ -132,6 +136,26 @@ class HuggingFaceLanguageModel(LanguageModel):
             ids = torch.tensor([[self.bos_token_id or 0]])
             self._widths[hook_point] = int(self.capture(ids, None, [hook_point])[hook_point].shape[-1])
         return self._widths[hook_point]
+
+    def mlp(self, layer: int) -> MLP:
+        linear, parts = self.hook_points.mlp(layer)
+        weight: Any = None if linear is None else linear.weight
+        neurons = None if weight is None else (weight.T if isinstance(linear, Conv1D) else weight).detach().float()
+
+        @torch.no_grad()
+        def respond(x: Tensor) -> Tensor:
+            answers = []
+            with evaluating(self.model):
+                for rows in x.split(_MLP_ROWS):
+                    h = rows.to(self._embedding.weight)[None]
+                    for part in parts:
+                        h = part(h)
+                        h = h[0] if isinstance(h, tuple) else h  # a mixture of experts may give its routing too
+                    answers.append(h[0].to(x.device, torch.float32))
+            return torch.cat(answers)
+
+        before = "hook_resid_mid" if self.hook_points.normalizes_after else "ln2.hook_normalized"
+        return MLP(f"blocks.{layer}.{before}", f"blocks.{layer}.hook_mlp_out", neurons, respond)
 
     def provenance(self) -> dict[str, Any]:
         config: Any = self.model.config

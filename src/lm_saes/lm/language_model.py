@@ -28,6 +28,19 @@ class _Rows(NamedTuple):
     spans: list[list[Span | None]]
 
 
+class MLP(NamedTuple):
+    """The MLP of one layer as a function."""
+
+    hook_in: str
+    """Hook point of what it reads."""
+    hook_out: str
+    """Hook point of what it gives."""
+    neurons: Float[Tensor, "M D"] | None
+    """The direction that each hidden neuron (with a gated MLP: its gate) reads; None for a mixture of experts."""
+    respond: Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
+    """What it gives for rows of its input, in float32 on the rows' device."""
+
+
 class LanguageModel(ABC):
     """A language model: text to tokens, tokens to the activations inside.
 
@@ -107,6 +120,15 @@ class LanguageModel(ABC):
     ) -> Float[Tensor, "B S V"]:
         """Logits of the whole forward, without gradient, with the activations at each hook point in `edits` replaced by the function of them.
         Encoder models have none: their final hidden state `[B, S, d_model]` is returned instead."""
+
+    def mlp(self, layer: int) -> MLP:  # noqa: ARG002
+        """The MLP of a layer, to be asked what it answers to vectors of one's own.
+
+        Raises:
+            HookPointError: there is no such layer.
+            LanguageModelError: this kind of language model cannot take its MLPs apart.
+        """
+        raise LanguageModelError(f"{type(self).__name__} does not show its MLPs; use the Hugging Face backend")
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:

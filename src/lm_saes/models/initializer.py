@@ -1,6 +1,6 @@
 """How a dictionary starts: norms, weights, biases, scale and threshold, from the first batches of the stream.
 
-The order matters and is this: mean norms -> weights drawn (decoder rows in the active subspace if asked) -> b_D -> scale, with the encoder tied and
+The order matters and is this: mean norms -> weights drawn (decoder rows in the active subspace, or all from the MLP, if asked) -> b_D -> scale, with the encoder tied and
 the pre-activations centred at that scale -> threshold -> a look at what came out, kept in `Initializer.report`.
 
 Letters: N tokens, D width, F latents; x input, y label, both normalised.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,6 +44,25 @@ class MetricsLogger(Protocol):
     def log(self, data: dict[str, Any], /) -> Any: ...
 
 
+class AnMLP(Protocol):
+    """See `lm_saes.lm.language_model.MLP`."""
+
+    @property
+    def hook_in(self) -> str: ...
+    @property
+    def hook_out(self) -> str: ...
+    @property
+    def neurons(self) -> Float[Tensor, "M D"] | None: ...
+    @property
+    def respond(self) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]: ...
+
+
+class HasMLPs(Protocol):
+    """What is asked of a language model."""
+
+    def mlp(self, layer: int) -> AnMLP: ...
+
+
 class Initializer:
     """Builds dictionaries that start well.
 
@@ -69,7 +89,7 @@ class Initializer:
         activation_norm: Mapping[str, float] | None = None,
         device_mesh: Any = None,
         wandb_logger: MetricsLogger | None = None,
-        model: Any = None,  # noqa: ARG002
+        model: HasMLPs | None = None,
         seed: int = 0,
     ) -> SparseAutoEncoder:
         """A new dictionary, in training mode.
@@ -81,11 +101,12 @@ class Initializer:
             activation_norm: mean norm of the activations at each hook point; measured where it is not given (neither here nor in `cfg`).
             device_mesh: must be `None` in this version.
             wandb_logger: gets the numbers of the report.
-            model: part of the interface for options that this version refuses when they are configured; nothing here looks at it.
+            model: the language model, for `initialize_tc_with_mlp`.
             seed: of the weights. They depend on nothing else that is random, and not on the device.
 
         Raises:
-            ConfigError: an option needs activations and there is no stream; d_active_subspace is too large; norms are missing.
+            ConfigError: an option needs activations (or the language model) that are not given; d_active_subspace is too large; norms are
+                missing; `initialize_tc_with_mlp` is asked for a dictionary that is not a transcoder of an MLP.
             DataError: the stream kept no token, or lacks a hook point.
             NonFiniteError: NaN or infinity in the activations.
         """
@@ -104,6 +125,10 @@ class Initializer:
         generator = torch.Generator().manual_seed(seed)
         self.initialize_parameters(sae, generator)
         d_active = self._use_active_subspace(sae, measured, generator) if self.cfg.initialize_W_D_with_active_subspace and measured else None
+        if self.cfg.initialize_tc_with_mlp:
+            assert measured is not None
+            assert norms is not None
+            self._use_mlp(sae, measured, norms, model)
         notes = self._set_decoder_bias(sae, measured)
         if measured is not None:
             choice = self.initialization_search(sae, measured.sample(sae))
@@ -168,6 +193,7 @@ class Initializer:
             'bias_init_method = "geometric_median"': self.cfg.bias_init_method == "geometric_median" and cfg.use_decoder_bias,
             "grid_search_init_norm": self.cfg.grid_search_init_norm,
             "initialize_W_D_with_active_subspace": self.cfg.initialize_W_D_with_active_subspace,
+            "initialize_tc_with_mlp": bool(self.cfg.initialize_tc_with_mlp),
             "init_encoder_bias_with_mean_hidden_pre": self.cfg.init_encoder_bias_with_mean_hidden_pre,
         }
         return [reason for reason, needed in reasons.items() if needed]
@@ -201,6 +227,40 @@ class Initializer:
             coefficients = torch.randn(basis.shape[1], sae.cfg.d_sae, generator=generator) * (self.cfg.encoder_uniform_bound / math.sqrt(3))
             sae.W_E.copy_(basis @ coefficients.to(basis))
         return d_label
+
+    def _use_mlp(self, sae: SparseAutoEncoder, measured: Measured, norms: Mapping[str, float], model: HasMLPs | None) -> None:
+        """Encoder columns along the directions that the MLP's neurons read, for as many latents as there are neurons (the others stay as
+        drawn); each decoder row along the MLP's answer to its latent's direction: MLP(mean + t direction) - MLP(mean), with t the mean
+        distance of an input from the mean.
+        """
+        if model is None:
+            raise ConfigError("initialize_tc_with_mlp needs the language model; pass model, or leave it out")
+        cfg = sae.cfg
+        layer = self.cfg.model_layer
+        if layer is None:
+            named = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_out", cfg.hook_point_out)
+            if named is None:
+                raise ConfigError(f"initialize_tc_with_mlp cannot tell the layer from hook_point_out = '{cfg.hook_point_out}'; set model_layer")
+            layer = int(named[1])
+        mlp = model.mlp(layer)
+        if (cfg.hook_point_in, cfg.hook_point_out) != (mlp.hook_in, mlp.hook_out):
+            raise ConfigError(
+                f"initialize_tc_with_mlp needs hook_point_in = '{mlp.hook_in}' and hook_point_out = '{mlp.hook_out}', which the MLP of layer {layer} "
+                f"reads and gives; got '{cfg.hook_point_in}' and '{cfg.hook_point_out}'"
+            )
+        directions = sae.W_E.T.float()
+        if mlp.neurons is not None:
+            neurons = mlp.neurons[: cfg.d_sae].to(directions)
+            directions[: len(neurons)] = neurons * (directions.norm(dim=1).mean() / neurons.norm(dim=1, keepdim=True).clamp(min=1e-12))
+            sae.W_E.copy_(directions.T)
+        mean, x = measured.inputs.mean.to(directions), measured.x.to(directions)
+        distance = (x - mean).norm(dim=1).mean()
+        points = mean + distance * directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        factor = 1.0 if cfg.norm_activation == "inference" else math.sqrt(cfg.d_model) / norms[cfg.hook_point_in]
+        answers = mlp.respond(points / factor) - mlp.respond(mean[None] / factor)
+        length = answers.norm(dim=1, keepdim=True)
+        drawn = sae.decoder_norm(keepdim=True).mean()
+        sae.W_D.copy_(torch.where(length > 0, answers / length * drawn, sae.W_D.float()))
 
     def _active_dimension(self, moments: RunningCovariance) -> int:
         wanted, d_model = self.cfg.d_active_subspace, len(moments.mean)

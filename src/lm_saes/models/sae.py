@@ -2,7 +2,7 @@
 
     h = x W_E + b_E            (with a gated linear unit: (x W_E + b_E) * sigmoid(x W_E_glu + b_E_glu))
     f = sparsify(h)            gated on h ||W_D row||, or on h
-    x^ = f W_D + b_D
+    x^ = f W_D + b_D           (with a skip connection: + x W_skip)
 
 There is no subtraction of b_D before the encoder.
 """
@@ -43,6 +43,7 @@ class SparseAutoEncoder(SparseDictionary):
         self.W_D = zeros(F, D)
         self.b_D = zeros(D) if cfg.use_decoder_bias else None
         self.W_E_glu, self.b_E_glu = (zeros(D, F), zeros(F)) if cfg.use_glu_encoder else (None, None)
+        self.W_skip = zeros(D, D) if cfg.use_skip_connection else None
         with torch.no_grad():
             for weight in (self.W_E, self.W_D, self.W_E_glu):
                 if weight is not None:
@@ -61,21 +62,33 @@ class SparseAutoEncoder(SparseDictionary):
     def encoder(self) -> Encoder:
         return Encoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu, self.decoder_norm() if self.cfg.sparsity_include_decoder_norm else None)
 
-    def decode(self, codes: Codes) -> Float[Tensor, "*shape D"]:
+    def decode(self, codes: Codes, x: Float[Tensor, "*shape D"] | None = None) -> Float[Tensor, "*shape D"]:
         if isinstance(codes, SparseCodes) or codes.ndim == 2:
             reconstruction = ops.decode(codes, self.W_D)
         else:
             reconstruction = ops.decode(codes.reshape(-1, codes.shape[-1]), self.W_D).view(*codes.shape[:-1], -1)
-        return reconstruction if self.b_D is None else reconstruction + self.b_D
+        if self.b_D is not None:
+            reconstruction = reconstruction + self.b_D
+        return reconstruction if self.W_skip is None or x is None else reconstruction + x.to(self.dtype) @ self.W_skip
 
-    def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
-        return ops.reconstruct(codes, self.W_D, self.b_D, target)
+    def decode_against(
+        self, codes: Codes, target: Float[Tensor, "N D"], x: Float[Tensor, "N D"] | None = None
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+        if self.W_skip is None or x is None:
+            return ops.reconstruct(codes, self.W_D, self.b_D, target)
+        skipped = x @ self.W_skip
+        reconstruction, squared_error = ops.reconstruct(codes, self.W_D, self.b_D, target - skipped)
+        return reconstruction + skipped, squared_error
 
-    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]:
+    def prefix_errors(
+        self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False, x: Float[Tensor, "N D"] | None = None
+    ) -> list[Float[Tensor, " N"]]:
         # Block by block, each against what the ones before it leave over, so that no entry is decoded twice.
         rest, errors = ops.at_least_float32(target), []
         if self.b_D is not None:
             rest = rest - ops.at_least_float32(self.b_D)
+        if self.W_skip is not None and x is not None:
+            rest = rest - ops.at_least_float32(x @ self.W_skip)
         for start, stop in itertools.pairwise((0, *widths)):
             block, error = ops.reconstruct(ops.latent_range(codes, start, stop), self.W_D[start:stop], None, rest)
             rest = (rest - block).detach() if detach else rest - block
@@ -120,6 +133,8 @@ class SparseAutoEncoder(SparseDictionary):
             self.b_D /= s_out
         if self.W_E_glu is not None:
             self.W_E_glu *= s_in
+        if self.W_skip is not None:
+            self.W_skip *= s_in / s_out
         self.activation_function.rescale_gate_(1 / s_out if self.cfg.sparsity_include_decoder_norm else 1 / s_in)
 
     @torch.no_grad()

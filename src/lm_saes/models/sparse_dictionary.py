@@ -57,16 +57,20 @@ class SparseDictionary(ActivationSpace):
         """The tensors of the encoder product, and the decoder norms where the gate includes them."""
 
     @abstractmethod
-    def decode(self, codes: Codes) -> Float[Tensor, "*shape D"]:
-        """The reconstruction, b_D included, of codes [..., F] or of sparse codes."""
+    def decode(self, codes: Codes, x: Float[Tensor, "*shape D"] | None = None) -> Float[Tensor, "*shape D"]:
+        """The reconstruction, b_D included, of codes [..., F] or of sparse codes; with the input x, what a skip connection adds to it."""
 
     @abstractmethod
-    def decode_against(self, codes: Codes, target: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
-        """The reconstruction, and its squared distance from the target for each token, in float32 or wider."""
+    def decode_against(
+        self, codes: Codes, target: Float[Tensor, "N D"], x: Float[Tensor, "N D"] | None = None
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, " N"]]:
+        """`decode`, and its squared distance from the target for each token, in float32 or wider."""
 
     @abstractmethod
-    def prefix_errors(self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False) -> list[Float[Tensor, " N"]]:
-        """The squared distance of the target from what the first `width` latents and b_D reconstruct, for each of ascending widths.
+    def prefix_errors(
+        self, codes: Codes, target: Float[Tensor, "N D"], widths: Sequence[int], detach: bool = False, x: Float[Tensor, "N D"] | None = None
+    ) -> list[Float[Tensor, " N"]]:
+        """The squared distance of the target from what the first `width` latents, b_D and a skip connection make, for each of ascending widths.
 
         Args:
             detach: what a prefix shares with the one before it is taken as it is, without gradient.
@@ -113,8 +117,9 @@ class SparseDictionary(ActivationSpace):
             mask: tokens that BatchTopK selects over in training; the others get empty codes.
             target: what is to be reconstructed; with it the squared error is made along with the reconstruction, which is faster.
         """
-        codes = self.activation_function(x.to(self.dtype), self.encoder(), self.current_k if k is None else k, mask)
-        return Forward(codes, self.decode(codes)) if target is None else Forward(codes, *self.decode_against(codes, target))
+        x = x.to(self.dtype)
+        codes = self.activation_function(x, self.encoder(), self.current_k if k is None else k, mask)
+        return Forward(codes, self.decode(codes, x)) if target is None else Forward(codes, *self.decode_against(codes, target, x))
 
     @overload
     def encode(self, x: Tensor, return_hidden_pre: Literal[False] = False, k: int | None = None) -> Tensor: ...
@@ -156,14 +161,15 @@ class SparseDictionary(ActivationSpace):
     def features_and_reconstruction(self, batch: Batch) -> tuple[Float[Tensor, "*shape F"], Float[Tensor, "*shape D"]]:
         """Dense codes and the raw reconstruction, in one pass."""
         normalized, factors = self.normalize_activations(batch, return_scale_factor=True)
-        codes = self.encode(self.prepare_input(normalized))
+        x = self.prepare_input(normalized)
+        codes = self.encode(x)
         (hook_out,) = self.cfg.hooks_out
         if hook_out not in factors and (self.cfg.norm_activation == "token-wise" or (self.cfg.norm_activation == "batch-wise" and self.training)):
             raise ConfigError(
                 f"norm_activation '{self.cfg.norm_activation}' takes the scale of '{hook_out}' from the batch, which holds {sorted(batch)}"
             )
         factor = factors.get(hook_out, self._constant_scale(hook_out) if hook_out not in factors else 1.0)
-        return codes, self.decode(codes) / factor
+        return codes, self.decode(codes, x) / factor
 
     # ------------------------------------------------------------------------------------------- training
 
