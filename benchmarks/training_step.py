@@ -18,39 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-import environments
-import numpy
-from feed import Task, make_batches
+from peers import environments
+from peers.feed import Task
+from peers.pool import KINDS, Contestant, Pool, append, machine, now
 
 SHAPES = ["768,6144,50,4096", "768,24576,50,2048"]
-KINDS = ["topk", "batchtopk", "relu", "jumprelu"]
-BATCHES = 4
 LEARNING_RATE = {"topk": 1e-4, "batchtopk": 1e-4, "relu": 1e-5, "jumprelu": 1e-5}
-PEERS = Path(__file__).parent / "peers"
 OWN = "lm_saes "
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A row of the table: a library, its options, and the kinds of dictionary that it can train with them."""
-
-    label: str
-    library: str
-    options: dict[str, Any] = field(default_factory=dict)
-    kinds: tuple[str, ...] = tuple(KINDS)
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 PEER_ROWS = [
@@ -70,91 +50,12 @@ def contestants(modes: list[str], libraries: list[str]) -> list[Contestant]:
     return [row for row in [*own, *PEER_ROWS] if row.library in libraries]
 
 
-class Worker:
-    """A process that trains one library's dictionary, see `peers/feed.py`."""
-
-    def __init__(self, row: Contestant, task: Task, batches: Path, threads: int, venvs: Path, log: Path) -> None:
-        self.row, self.log = row, log
-        command = [str(environments.python_of(row.library, venvs)), str(PEERS / "worker.py"), row.library, str(batches), json.dumps(asdict(task))]
-        variables = {**os.environ, **row.environment, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*command, "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
-            )
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one command.
-
-        Raises:
-            WorkerError: the process has ended.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            print(json.dumps({"do": command, **arguments}), file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            last = self.log.read_text().strip().splitlines()[-1:]
-            raise WorkerError(f"{self.row.label} ended: {''.join(last)} (all of it: {self.log})")
-        return json.loads(answer)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-class WorkerError(Exception):
-    """A library's process ended before it was told to."""
-
-
 def measure(rows: list[Contestant], task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One record: rounds of steps of all libraries, interleaved. A library that fails is left out, aloud."""
-    with tempfile.TemporaryDirectory() as folder:
-        batches = Path(folder) / "batches.npy"
-        numpy.save(batches, make_batches(BATCHES, task.tokens, task.d_model))
-        logs = Path(tempfile.mkdtemp(prefix="training_step_"))
-        workers = {
-            row.label: Worker(
-                row, Task(**{**asdict(task), "options": row.options}), batches, arguments.threads, arguments.venvs, logs / f"{row.label}.log"
-            )
-            for row in rows
-            if task.kind in row.kinds
-        }
-        results: dict[str, dict[str, Any]] = {}
-        try:
-            for label in list(workers):
-                try:
-                    results[label] = {"wall": [], "cpu": [], "before": workers[label].ask("check")}
-                    workers[label].ask("steps", n=arguments.warmup)
-                    workers[label].ask("check")  # the peak of memory begins anew
-                except WorkerError as error:
-                    print(f"warning: {error}", file=sys.stderr)
-                    workers.pop(label).end()
-                    results.pop(label, None)
-            for number in range(arguments.rounds):
-                order = list(workers)[number % len(workers) :] + list(workers)[: number % len(workers)]
-                for label in order:
-                    answer = workers[label].ask("steps", n=arguments.steps)
-                    for clock in ("wall", "cpu"):
-                        results[label][clock].append(answer[clock])
-                print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-            for label, worker in workers.items():
-                results[label]["after"] = worker.ask("check")
-        finally:
-            for worker in workers.values():
-                worker.end()
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "threads": arguments.threads, "task": asdict(task), "results": results
-    }  # fmt: skip
-
-
-def machine() -> str:
-    """The processor, in a few words."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return f"{len(names) or os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+    """One record: rounds of steps of all libraries that train this kind of dictionary, interleaved."""
+    pool = Pool([(row, task) for row in rows if task.kind in row.kinds], arguments)
+    found = pool.measure(arguments.rounds, arguments.steps, arguments.warmup)
+    results = {row.label: result for (row, _), result in zip(pool.entries, found, strict=True) if result is not None}
+    return {"date": now(), "machine": machine(), "threads": arguments.threads, "task": asdict(task), "results": results}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -230,12 +131,6 @@ def doubts(record: dict[str, Any]) -> list[str]:
 
 def _flat(rounds: list[list[float]]) -> list[float]:
     return [seconds for steps in rounds for seconds in steps]
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a record to a JSON file."""
-    records = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*records, record], indent=1) + "\n")
 
 
 def main() -> None:

@@ -36,9 +36,8 @@ class _Batches:
 
 
 def train(task: Task, feed: Feed) -> None:
-    cfg = SAEConfig(
-        hook_point_in=HOOK, d_model=task.d_model, expansion_factor=task.d_sae / task.d_model, act_fn=task.kind, top_k=task.k, device="cpu"
-    )  # pyright: ignore[reportArgumentType]
+    fields = {"act_fn": task.kind, "top_k": task.k, "d_model": task.d_model, "expansion_factor": task.d_sae / task.d_model}
+    cfg = SAEConfig.model_validate({"hook_point_in": HOOK, "device": "cpu", **fields})
     initializer = Initializer(InitializerConfig(**START, n_batches=len(feed.batches)))
     sae = initializer.initialize_sae_from_config(cfg, _Batches(feed.batches))
     if task.kind in LOSSES:
