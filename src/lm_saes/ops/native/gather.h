@@ -1,4 +1,4 @@
-// The inner loop of everything sparse: a weighted sum of rows of a matrix.
+// The inner loops of everything sparse: a weighted sum of rows of a matrix, and scalar products with them.
 #pragma once
 
 #include "vector.h"
@@ -45,6 +45,21 @@ inline void weighted_sum(const Entries& entries, const float* matrix, const floa
         for (int64_t e = 0; e < entries.count; e++) total += entries.weight(e) * matrix[entries.rows[e] * width + d];
         sums[d] = total;
     }
+}
+
+// dots[e] = left . right[rows[e]]. A product does not depend on which others are made with it.
+template <class Index>
+inline void dots_with_rows(const float* left, const float* right, const Index* rows, int64_t n, int64_t width, float* dots) {
+    int64_t e = 0;
+    for (; e + 4 <= n; e += 4) {
+        const float *four[4], *coming[4];
+        for (int i = 0; i < 4; i++) {
+            four[i] = right + rows[e + i] * width;
+            coming[i] = right + rows[e + 4 + i < n ? e + 4 + i : e] * width;
+        }
+        four_dots(left, four, coming, width, dots + e);
+    }
+    for (; e < n; e++) dots[e] = dot(left, right + rows[e] * width, width);
 }
 
 }  // namespace

@@ -13,20 +13,6 @@ namespace {
 
 constexpr int64_t TOKENS = 8;  // that a thread takes at a time
 
-// dots[e] = left . right[rows[e]].
-void dots_with_rows(const float* left, const float* right, const int64_t* rows, int64_t n, int64_t width, float* dots) {
-    int64_t e = 0;
-    for (; e + 4 <= n; e += 4) {
-        const float *four[4], *coming[4];
-        for (int i = 0; i < 4; i++) {
-            four[i] = right + rows[e + i] * width;
-            coming[i] = right + rows[e + 4 + i < n ? e + 4 + i : e] * width;
-        }
-        four_dots(left, four, coming, width, dots + e);
-    }
-    for (; e < n; e++) dots[e] = dot(left, right + rows[e] * width, width);
-}
-
 }  // namespace
 
 extern "C" {

@@ -12,61 +12,31 @@
 
 namespace {
 
-constexpr int64_t ROWS = 16;  // that a thread takes at a time
-constexpr int64_t GROUPS_PER_ENTRY = 8;  // group maxima for each entry wanted: more are slower, fewer give a looser bound
-
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-// The k entries of largest key, by ascending latent; of equal ones the first.
-int64_t keep_largest(int32_t* keys, int32_t* latents, int64_t n, int64_t k) {
-    for (int64_t i = n; i < padded(n); i++) keys[i] = 0;
-    const int32_t bound = kth_largest(keys, padded(n), k, 0);
-    int64_t above = 0;
-    for (int64_t i = 0; i < n; i++) above += keys[i] > bound;
-    int64_t equal = k - above, kept = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (keys[i] > bound || (keys[i] == bound && equal-- > 0)) latents[kept++] = latents[i];
-    }
-    return kept;
-}
-
 template <bool WITH_NORM>
-void topk_row(const float* h, const float* norm, int64_t n_latents, int64_t k, int32_t* keys, int32_t* latents, float* values, int64_t* indices) {
+void topk_row(const float* h, const float* norm, int64_t n_latents, int64_t k, Candidates found, float* values, int64_t* indices) {
     const auto q = [=](auto tail, int64_t j) {
         const Floats vector = read<decltype(tail)::value>(h, j, n_latents);
         return WITH_NORM ? vector * read<decltype(tail)::value>(norm, j, n_latents) : vector;
     };
-    const int64_t groups = group_maxima(n_latents, GROUPS_PER_ENTRY * k, q, keys);
-    const int32_t reached = kth_largest(keys, groups, k, k / 16);
+    const int64_t groups = group_maxima(n_latents, GROUPS_PER_ENTRY * k, q, found.keys);
+    const int32_t reached = kth_largest(found.keys, groups, k, k / 16);
     const Floats bound = float_of(reached > 0 ? reached : 1) - Floats{};
-    int64_t n = 0;
+    found.n = 0;
     scan(n_latents, [&](auto tail, int64_t j) { return q(tail, j) >= bound; }, [&](int64_t j) {
-        keys[n] = key_of(WITH_NORM ? h[j] * norm[j] : h[j]);
-        latents[n++] = static_cast<int32_t>(j);
+        found.keys[found.n] = key_of(WITH_NORM ? h[j] * norm[j] : h[j]);
+        found.values[found.n] = h[j];
+        found.latents[found.n++] = static_cast<int32_t>(j);
     });
-    if (n > k) n = keep_largest(keys, latents, n, k);
-    for (int64_t i = 0; i < n; i++) {
-        indices[i] = latents[i];
-        values[i] = h[latents[i]];
-    }
-    // Too few positive ones: zeros, at the first latents that are not selected.
-    for (int64_t j = 0, selected = 0, i = n; i < k; j++) {
-        if (selected < n && latents[selected] == j) {
-            selected++;
-            continue;
-        }
-        indices[i] = j;
-        values[i++] = 0;
-    }
+    take_largest(found, k, values, indices);
 }
 
 template <bool WITH_NORM>
 void topk(const float* h, const float* norm, int64_t n_rows, int64_t n_latents, int64_t k, float* values, int64_t* indices, int threads) {
     for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
-        int32_t* const scratch = static_cast<int32_t*>(malloc(2 * sizeof(int32_t) * static_cast<size_t>(n_latents + LANES)));
-        for (int64_t i = begin; i < end; i++) {
-            topk_row<WITH_NORM>(h + i * n_latents, norm, n_latents, k, scratch, scratch + n_latents + LANES, values + i * k, indices + i * k);
-        }
+        const int64_t room = n_latents + LANES;
+        int32_t* const scratch = static_cast<int32_t*>(malloc(3 * sizeof(int32_t) * static_cast<size_t>(room)));
+        const Candidates found{scratch, scratch + room, reinterpret_cast<float*>(scratch + 2 * room), 0};
+        for (int64_t i = begin; i < end; i++) topk_row<WITH_NORM>(h + i * n_latents, norm, n_latents, k, found, values + i * k, indices + i * k);
         free(scratch);
     });
 }

@@ -10,10 +10,8 @@
 
 namespace {
 
-struct Candidate {
-    int32_t key;
-    int32_t latent;
-};
+constexpr int64_t ROWS = 16;             // that a thread takes at a time
+constexpr int64_t GROUPS_PER_ENTRY = 8;  // group maxima for each entry wanted: more are slower, fewer give a looser bound
 
 inline int32_t key_of(float q) {
     int32_t key = 0;
@@ -33,7 +31,7 @@ inline Floats read(const float* row, int64_t j, int64_t length) {
     return TAIL ? load_tail(row + j, length - j) : load(row + j);
 }
 
-// found(j), in ascending order, for all j < length where comparison(whether j is in the last, incomplete vector, j) is true.
+// found(j), in ascending order, for all j < length where comparison(whether the vector at j is incomplete, j) is true.
 template <class Comparison, class Found>
 inline void scan(int64_t length, const Comparison& comparison, const Found& found) {
     constexpr int AT_ONCE = 4;  // vectors per look: entries are few
@@ -47,7 +45,8 @@ inline void scan(int64_t length, const Comparison& comparison, const Found& foun
         for (uint64_t word = bits(comparison(std::false_type{}, j)); word; word &= word - 1) found(j + __builtin_ctzll(word));
     }
     if (j < length) {
-        for (uint64_t word = bits(comparison(std::true_type{}, j)); word; word &= word - 1) found(j + __builtin_ctzll(word));
+        const uint64_t inside = (uint64_t{1} << (length - j)) - 1;
+        for (uint64_t word = bits(comparison(std::true_type{}, j)) & inside; word; word &= word - 1) found(j + __builtin_ctzll(word));
     }
 }
 
@@ -88,6 +87,43 @@ inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t sl
         }
     }
     return low;
+}
+
+inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// Entries of a row that may be selected, by ascending latent. There is room for a vector more than there are latents.
+struct Candidates {
+    int32_t* keys;     // of the gate values
+    int32_t* latents;
+    float* values;     // h
+    int64_t n;
+};
+
+// The k candidates of largest key, of equal ones the first; then, if there are fewer than k, zeros at the first latents that are left.
+inline void take_largest(const Candidates& found, int64_t k, float* values, int64_t* indices) {
+    int32_t bound = 0;
+    int64_t equal = 0;  // how many of those at the bound are taken
+    if (found.n > k) {
+        for (int64_t i = found.n; i < padded(found.n); i++) found.keys[i] = 0;
+        bound = kth_largest(found.keys, padded(found.n), k, 0);
+        equal = k;
+        for (int64_t i = 0; i < found.n; i++) equal -= found.keys[i] > bound;
+    }
+    int64_t taken = 0;
+    for (int64_t i = 0; i < found.n; i++) {
+        if (found.keys[i] > bound || (found.keys[i] == bound && equal-- > 0)) {
+            indices[taken] = found.latents[i];
+            values[taken++] = found.values[i];
+        }
+    }
+    for (int64_t latent = 0, next = 0, n = taken; taken < k; latent++) {
+        if (next < n && indices[next] == latent) {
+            next++;
+            continue;
+        }
+        indices[taken] = latent;
+        values[taken++] = 0;
+    }
 }
 
 }  // namespace

@@ -27,11 +27,23 @@ constexpr int64_t LINE = 16;  // floats in a cache line
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t UnalignedInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const UnalignedInts*>(from); }
+inline Floats load_bfloat16(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
+#else
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+#endif
+}
 inline void store(float* to, Floats vector) { *reinterpret_cast<UnalignedFloats*>(to) = vector; }
 inline void store(int32_t* to, Ints vector) { *reinterpret_cast<UnalignedInts*>(to) = vector; }
 
@@ -41,8 +53,15 @@ inline Floats load_tail(const float* from, int64_t count, float rest = 0.0f) {
     for (int64_t i = 0; i < count; i++) vector[i] = from[i];
     return vector;
 }
-inline void store_tail(float* to, Floats vector, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] = vector[i];
+// The nearest bfloat16 (of two the even one), as floats. NaN stays NaN.
+inline Floats to_bfloat16(Floats vector) {
+    const Ints number = reinterpret_cast<Ints>(vector);
+    const Ints rounded = (number + 0x7fff + ((number >> 16) & 1)) & ~0xffff;
+    return reinterpret_cast<Floats>((vector == vector) ? rounded : number | 0x400000);
+}
+inline void store_bfloat16(uint16_t* to, Floats rounded) {
+    const Halves halves = __builtin_convertvector((reinterpret_cast<Ints>(rounded) >> 16) & 0xffff, Halves);
+    memcpy(to, &halves, sizeof halves);
 }
 
 // The larger of two numbers; `other` where `vector` is not a number.
@@ -70,6 +89,9 @@ inline uint64_t bits(Ints comparison) {
     return word;
 #endif
 }
+
+inline Floats absolute(Floats vector) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(vector) & 0x7fffffff); }
+inline float absolute(float number) { return __builtin_fabsf(number); }
 
 inline float sum(Floats vector) {
     float numbers[LANES];

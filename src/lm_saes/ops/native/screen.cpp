@@ -1,0 +1,267 @@
+// Screening: a product in bfloat16 says which entries could be selected (screen.h), and those are computed in float32, one by one.
+//
+// Where a bound is not finite the entry is a candidate; a row with too many candidates is left to the caller. So the entries selected
+// are those that float32 selects, with the values that it gives, whatever the numbers are.
+
+#include "screen.h"
+
+#include <cstdlib>
+
+#include "gather.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t LATENTS = 64;  // that a thread rounds and transposes at a time: whole lines of W, and a block that stays in cache
+
+struct Scratch {
+    explicit Scratch(int64_t n_latents) {
+        const size_t room = static_cast<size_t>(n_latents + LANES);
+        memory = static_cast<int32_t*>(malloc(6 * sizeof(int32_t) * room));
+        found = {memory, memory + room, reinterpret_cast<float*>(memory + 2 * room), 0};
+        bounds = reinterpret_cast<float*>(memory + 3 * room);
+        exact = reinterpret_cast<float*>(memory + 4 * room);
+        chosen = memory + 5 * room;
+    }
+    ~Scratch() { free(memory); }
+    Scratch(const Scratch&) = delete;
+
+    int32_t* memory;
+    Candidates found;
+    float* bounds;    // the largest gate value that a candidate may have
+    float* exact;     // scalar products
+    int32_t* chosen;  // the latents whose products are wanted
+};
+
+// Pre-activations in float32 of the chosen latents.
+void compute(const Screen& screen, const float* x, const int32_t* latents, int64_t n, float* h) {
+    dots_with_rows(x, screen.transposed, latents, n, screen.width, h);
+    for (int64_t i = 0; i < n; i++) h[i] += screen.bias[latents[i]];
+}
+
+// Candidates of one row by ascending latent, with their bounds, and in place of keys those of the approximate gate values.
+// Returns how many there are, which may be more than `most` that it keeps.
+int64_t find_candidates(const Row& row, int64_t k, int64_t most, Scratch& scratch) {
+    const int64_t F = row.screen.n_latents;
+    const auto lower = [&](auto tail, int64_t j) {
+        constexpr bool TAIL = decltype(tail)::value;
+        return row.gate<TAIL>(row.h<-1, TAIL>(j), j);
+    };
+    const int64_t groups = group_maxima(F, GROUPS_PER_ENTRY * k, lower, scratch.found.keys);
+    const int32_t reached = kth_largest(scratch.found.keys, groups, k, k / 16);
+    const Floats least = float_of(reached > 0 ? reached : 1) - Floats{};
+    int64_t n = 0;
+    const auto possible = [&](auto tail, int64_t j) {
+        constexpr bool TAIL = decltype(tail)::value;
+        return ~(row.gate<TAIL>(row.h<1, TAIL>(j), j) < least);
+    };
+    scan(F, possible, [&](int64_t j) {
+        if (n < most) {
+            scratch.found.latents[n] = static_cast<int32_t>(j);
+            scratch.found.keys[n] = key_of(row.gate(row.h<0>(j), j));
+            scratch.bounds[n] = row.gate(row.h<1>(j), j);
+        }
+        n++;
+    });
+    return n;
+}
+
+// The k largest of a row; how many products that took, or -1 if there were more candidates than `most`.
+int64_t topk_row(const Row& row, const float* x, int64_t k, int64_t most, Scratch& scratch, float* values, int64_t* indices) {
+    Candidates& found = scratch.found;
+    const int64_t n = find_candidates(row, k, most, scratch);
+    if (n > most) return -1;
+    // First those that are largest as far as one knows. The least of their exact gate values is a bound that few of the others may reach.
+    for (int64_t i = n; i < padded(n); i++) found.keys[i] = 0;
+    const int32_t likely = n > k ? kth_largest(found.keys, padded(n), k, 0) : 0;
+    int64_t n_chosen = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (found.keys[i] >= likely) scratch.chosen[n_chosen++] = found.latents[i];
+    }
+    compute(row.screen, x, scratch.chosen, n_chosen, scratch.exact);
+    float least = n > k ? __builtin_inff() : 0;
+    int64_t products = n_chosen;
+    for (int64_t i = 0, at = 0; i < n; i++) {
+        if (found.keys[i] < likely) continue;
+        const float q = row.gate(scratch.exact[at], found.latents[i]);
+        least = q > 0 ? (q < least ? q : least) : 0;
+        found.values[i] = scratch.exact[at++];
+        found.keys[i] = key_of(q);
+        scratch.bounds[i] = -1;  // done
+    }
+    n_chosen = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (scratch.bounds[i] == -1) continue;
+        found.keys[i] = 0;
+        if (!(scratch.bounds[i] < least)) scratch.chosen[n_chosen++] = found.latents[i];
+    }
+    compute(row.screen, x, scratch.chosen, n_chosen, scratch.exact);
+    products += n_chosen;
+    found.n = 0;
+    for (int64_t i = 0, at = 0; i < n; i++) {
+        const int32_t latent = found.latents[i];
+        int32_t key = found.keys[i];
+        float value = found.values[i];
+        if (at < n_chosen && scratch.chosen[at] == latent) {
+            value = scratch.exact[at++];
+            key = key_of(row.gate(value, latent));
+        }
+        if (key == 0) continue;
+        found.keys[found.n] = key;
+        found.values[found.n] = value;
+        found.latents[found.n++] = latent;
+    }
+    take_largest(found, k, values, indices);
+    return products;
+}
+
+// What `above` looks for: q > floor and h > 0, with one floor or one for each latent. Calls found(j) for all that may be.
+template <class Found>
+void find_possible(const Row& row, const float* floors, float floor, const Found& found) {
+    const int64_t F = row.screen.n_latents;
+    const auto possible = [&](auto tail, int64_t j) {
+        constexpr bool TAIL = decltype(tail)::value;
+        const Floats h = row.h<1, TAIL>(j);
+        return ~((row.gate<TAIL>(h, j) <= (floors ? read<TAIL>(floors, j, F) : floor - Floats{})) | (h <= Floats{}));
+    };
+    scan(F, possible, found);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of W [D, F]: its transpose, W rounded to bfloat16, and for each latent |w~| and |w - w~|.
+void lm_saes_screen_weights(
+    const float* W, int64_t width, int64_t n_latents, float* transposed, uint16_t* rounded, float* norms, float* errors, int threads) {
+    for_pieces(n_latents, LATENTS, threads, [=](int64_t begin, int64_t end) {
+        float block[LINE][LATENTS];
+        for (int64_t first = begin; first < end; first += LATENTS) {
+            const int64_t n = first + LATENTS < end ? LATENTS : end - first;
+            Floats squares[LATENTS / LANES] = {}, errors_squared[LATENTS / LANES] = {};
+            for (int64_t top = 0; top < width; top += LINE) {
+                const int64_t n_lines = top + LINE < width ? LINE : width - top;
+                for (int64_t i = 0; i < n_lines; i++) {
+                    const float* const from = W + (top + i) * n_latents + first;
+                    if (top + i + LINE < width) {
+                        for (int64_t l = 0; l < n; l += LINE) __builtin_prefetch(from + LINE * n_latents + l);
+                    }
+                    if (n == LATENTS) {
+                        for (int64_t l = 0; l < n; l += LANES) store(block[i] + l, load(from + l));
+                    } else {
+                        for (int64_t l = 0; l < LATENTS; l++) block[i][l] = l < n ? from[l] : 0;
+                    }
+                    uint16_t halves[LATENTS];
+                    for (int64_t l = 0; l < LATENTS; l += LANES) {
+                        const Floats w = load(block[i] + l), w_rounded = to_bfloat16(w), error = w - w_rounded;
+                        squares[l / LANES] += w_rounded * w_rounded;
+                        errors_squared[l / LANES] += error * error;
+                        store_bfloat16(halves + l, w_rounded);
+                    }
+                    memcpy(rounded + (top + i) * n_latents + first, halves, sizeof(uint16_t) * static_cast<size_t>(n));
+                }
+                for (int64_t l = 0; l < n; l++) {
+                    float* const to = transposed + (first + l) * width + top;
+                    for (int64_t i = 0; i < n_lines; i++) to[i] = block[i][l];
+                }
+            }
+            for (int64_t l = 0; l < n; l++) {
+                norms[first + l] = norm_of(squares[l / LANES][l % LANES], width);
+                errors[first + l] = norm_of(errors_squared[l / LANES][l % LANES], width);
+            }
+        }
+    });
+}
+
+// Of x [n, D]: x rounded to bfloat16, and for each row |x| and |x - x~|.
+void lm_saes_screen_rows(const float* x, int64_t n_rows, int64_t width, uint16_t* rounded, float* norms, float* errors, int threads) {
+    for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const float* const row = x + i * width;
+            Floats squares = {}, errors_squared = {};
+            for (int64_t d = 0; d < width; d += LANES) {
+                const bool tail = d + LANES > width;
+                const Floats numbers = tail ? load_tail(row + d, width - d) : load(row + d), number_rounded = to_bfloat16(numbers);
+                const Floats error = numbers - number_rounded;
+                squares += numbers * numbers;
+                errors_squared += error * error;
+                uint16_t halves[LANES];
+                store_bfloat16(halves, number_rounded);
+                memcpy(rounded + i * width + d, halves, sizeof(uint16_t) * static_cast<size_t>(tail ? width - d : LANES));
+            }
+            norms[i] = norm_of(sum(squares), width);
+            errors[i] = norm_of(sum(errors_squared), width);
+        }
+    });
+}
+
+// The k largest of each row as `lm_saes_topk` gives them, and how many products in float32 each row took; -1: the row is left undone.
+void lm_saes_screened_topk(
+    const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
+    const float* errors, const float* bias, const float* gate_norm, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most,
+    float* values, int64_t* indices, int64_t* products, int threads) {
+    const Screen screen{transposed, norms, errors, bias, gate_norm, width, n_latents};
+    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
+        Scratch scratch(n_latents);
+        for (int64_t i = begin; i < end; i++) {
+            const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
+            products[i] = topk_row(row, x + i * width, k, most, scratch, values + i * k, indices + i * k);
+        }
+    });
+}
+
+// How many entries of each row may be above the floor.
+void lm_saes_screened_count(
+    const float* row_norms, const float* row_errors, const uint16_t* product, const float* norms, const float* errors, const float* bias,
+    const float* gate_norm, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, int64_t* counts, int threads) {
+    const Screen screen{nullptr, norms, errors, bias, gate_norm, width, n_latents};
+    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            int64_t n = 0;
+            find_possible(Row(screen, product + i * n_latents, row_norms[i], row_errors[i]), floors, floor, [&](int64_t) { n++; });
+            counts[i] = n;
+        }
+    });
+}
+
+// Those that are, from offsets[i] on, and how many. Rows with skip[i] are left alone.
+void lm_saes_screened_above(
+    const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
+    const float* errors, const float* bias, const float* gate_norm, const float* floors, float floor, int64_t n_rows, int64_t width,
+    int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices, float* values, float* gates, int threads) {
+    const Screen screen{transposed, norms, errors, bias, gate_norm, width, n_latents};
+    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
+        Scratch scratch(n_latents);
+        for (int64_t i = begin; i < end; i++) {
+            if (skip[i]) continue;
+            const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
+            int64_t n = 0, at = offsets[i];
+            find_possible(row, floors, floor, [&](int64_t j) { scratch.chosen[n++] = static_cast<int32_t>(j); });
+            compute(screen, x + i * width, scratch.chosen, n, scratch.exact);
+            for (int64_t c = 0; c < n; c++) {
+                const int64_t j = scratch.chosen[c];
+                const float h = scratch.exact[c], q = row.gate(h, j);
+                if (!(q > (floors ? floors[j] : floor) && h > 0)) continue;
+                indices[at] = j;
+                values[at] = h;
+                gates[at++] = q;
+            }
+            counts[i] = at - offsets[i];
+        }
+    });
+}
+
+// Moves the counts[i] entries of each row from offsets[i] to where those of the row before end.
+void lm_saes_close_gaps(const int64_t* offsets, const int64_t* counts, int64_t n_rows, int64_t* indices, float* values, float* gates, int) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < n_rows; i++) {
+        const size_t n = static_cast<size_t>(counts[i]);
+        if (at != offsets[i]) {
+            memmove(indices + at, indices + offsets[i], n * sizeof *indices);
+            memmove(values + at, values + offsets[i], n * sizeof *values);
+            memmove(gates + at, gates + offsets[i], n * sizeof *gates);
+        }
+        at += counts[i];
+    }
+}
+}

@@ -1,0 +1,83 @@
+// What bounds the gate values of a row, given their products in bfloat16.
+//
+// Let x~ and w~ be x and w rounded to bfloat16, and s the product of x~ and w~ as the matrix product returns it, in bfloat16. Then
+//     |x.w - s|  <=  |x - x~| |w~|  +  |x| |w - w~|  +  g |x~| |w~|  +  2^-8 |s|
+// by Cauchy and Schwarz; the third term bounds the rounding of a float32 sum of D terms in any order (g = D 2^-24 and some), the last
+// one that of the result. The errors x - x~ and w - w~ are those that were made, not the largest there could be. With twice the third
+// term, and one for adding the bias, the bound holds for the float32 result too, dot(x, w) + b, which decides in the end.
+#pragma once
+
+#include "select.h"
+
+namespace {
+
+constexpr float OUTPUT_ROUNDING = 1.01f / 256;
+constexpr float SMALLEST = 1e-30f;  // products that are too small to be floats
+
+// The encoder as screening needs it.
+struct Screen {
+    const float* transposed;  // W^T [F, D]
+    const float* norms;       // |w~| [F]
+    const float* errors;      // |w - w~| [F]
+    const float* bias;        // [F]
+    const float* gate_norm;   // [F], or null
+    int64_t width, n_latents;
+};
+
+// |v| from the sum of its squares, with what squares too small for a float would have added.
+inline float norm_of(float squares, int64_t width) { return __builtin_sqrtf(squares) + static_cast<float>(width) * 0x1p-62f; }
+
+class Row {
+public:
+    Row(const Screen& screen, const uint16_t* products, float norm, float error) : screen(screen), products(products) {
+        // Norms were summed in float32 and the bounds are computed in it: `more` covers that.
+        const double g = 2.02 * static_cast<double>(screen.width + 8) / (1 << 24), more = (1 + g) * (1 + g);
+        norm_factor = static_cast<float>(more * (error + g * (static_cast<double>(norm) + error)));
+        error_factor = static_cast<float>(more * (1 + g) * norm);
+        bias_factor = static_cast<float>(g);
+    }
+
+    // The largest (SIGN 1) or smallest (SIGN -1) pre-activation that float32 may give, or the one that bfloat16 gave (SIGN 0). NaN if unknown.
+    template <int SIGN, bool TAIL>
+    Floats h(int64_t j) const {
+        const int64_t F = screen.n_latents;
+        return combine<SIGN>(
+            product<TAIL>(j), read<TAIL>(screen.bias, j, F), SIGN ? read<TAIL>(screen.norms, j, F) : Floats{},
+            SIGN ? read<TAIL>(screen.errors, j, F) : Floats{});
+    }
+    template <int SIGN>
+    float h(int64_t j) const {
+        return combine<SIGN>(float_of(static_cast<int32_t>(static_cast<uint32_t>(products[j]) << 16)), screen.bias[j], screen.norms[j], screen.errors[j]);
+    }
+
+    // The gate value of a pre-activation; larger for a larger one.
+    template <bool TAIL>
+    Floats gate(Floats h, int64_t j) const {
+        return screen.gate_norm ? h * read<TAIL>(screen.gate_norm, j, screen.n_latents) : h;
+    }
+    float gate(float h, int64_t j) const { return screen.gate_norm ? h * screen.gate_norm[j] : h; }
+
+    const Screen& screen;
+
+private:
+    template <int SIGN, class Number>
+    Number combine(Number s, Number bias, Number norm, Number error) const {
+        const Number h = s + bias;
+        if (SIGN == 0) return h;
+        const Number most = norm_factor * norm + error_factor * error + OUTPUT_ROUNDING * absolute(s) + bias_factor * absolute(bias) + SMALLEST;
+        return SIGN > 0 ? h + most : h - most;
+    }
+
+    template <bool TAIL>
+    Floats product(int64_t j) const {
+        if (!TAIL) return load_bfloat16(products + j);
+        uint16_t last[LANES] = {};
+        memcpy(last, products + j, sizeof(uint16_t) * static_cast<size_t>(screen.n_latents - j));
+        return load_bfloat16(last);
+    }
+
+    const uint16_t* products;  // s [F]
+    float norm_factor, error_factor, bias_factor;
+};
+
+}  // namespace

@@ -1,0 +1,142 @@
+"""Screened selection: what the float32 encoder product would select, from a product in bfloat16 and a few exact ones.
+
+Some processors multiply bfloat16 matrices in less than half the time. The rounded product cannot be trusted with the selection, but it
+bounds each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. The candidates,
+few more than are selected, are computed in float32, and those values decide. So the selection and the values are those of a float32
+product, up to the rounding of a float32 product; nothing is left to chance. Rows with too many candidates get a float32 product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lm_saes.ops.native import library
+from lm_saes.ops.native.calls import check, run
+from lm_saes.ops.native.kernels import above, topk
+
+ROWS_AT_ONCE = 1024
+"""Tokens per product: 12 MB at 6144 latents."""
+CANDIDATES = 8
+"""A row with more than F / 8 candidates gets a product of its own: computing so many of them one by one takes as long."""
+
+
+class Selection(NamedTuple):
+    """The k largest entries of each row."""
+
+    values: Float[Tensor, "N k"]
+    indices: Int64[Tensor, "N k"]
+    products: Int64[Tensor, " N"]
+    """How many entries of each row were computed in float32; -1: all, there were too many candidates."""
+
+
+class Entries(NamedTuple):
+    """All entries above a floor, by row, then latent."""
+
+    counts: Int64[Tensor, " N"]
+    indices: Int64[Tensor, " m"]
+    values: Float[Tensor, " m"]
+    gate: Float[Tensor, " m"]
+    products: Int64[Tensor, " N"]
+    """How many entries of each row were computed in float32; -1: all, there were too many candidates."""
+
+
+def worthwhile() -> bool:
+    """Whether bfloat16 products are faster than float32 ones on this processor; by its features, hence the same in every run."""
+    return library.has_fast_bfloat16() and torch.backends.mkldnn.is_available()
+
+
+class ScreenedEncoder:
+    """An encoder product of which only the largest entries are wanted: the weights, as screening needs them.
+
+    It holds until the weights change; `update` then makes a pass over them and reuses the memory: W again, and W in bfloat16.
+
+    Args:
+        W: [D, F].
+        b: [F].
+        gate_norm: [F], what h is multiplied with for the gate value, at least 0; or None.
+    """
+
+    def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
+        width, n_latents = W.shape
+        self._transposed, self._rounded = torch.empty(n_latents, width), torch.empty(width, n_latents, dtype=torch.bfloat16)
+        self._norms, self._errors = torch.empty(n_latents), torch.empty(n_latents)
+        self._most = min(n_latents, max(n_latents // CANDIDATES, 64))
+        self.update(W, b, gate_norm)
+
+    def update(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
+        """The same for other weights of the same shape."""
+        n_latents, width = self._transposed.shape
+        check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
+        self.W, self.b, self.gate_norm = W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach()
+        run("screen_weights", self.W, width, n_latents, self._transposed, self._rounded, self._norms, self._errors)
+
+    def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
+        """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
+        n_rows, width, n_latents = len(x), *self.W.shape
+        if not 0 <= k <= n_latents:
+            raise ValueError(f"k must be between 0 and the number of latents, {n_latents}, got {k}")
+        values, indices = x.new_empty(n_rows, k), x.new_empty(n_rows, k, dtype=torch.int64)
+        products = torch.zeros(n_rows, dtype=torch.int64)
+        if not values.numel():
+            return Selection(values, indices, products)
+        for rows, bounds, product in self._blocks(x):
+            most = min(n_latents, max(self._most, 2 * k))
+            arguments = *bounds, product, *self._weights(), len(product), width, n_latents, k, most
+            run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
+        left = (products < 0).nonzero().flatten()
+        if len(left):
+            values[left], indices[left] = topk(torch.addmm(self.b, x[left], self.W), self.gate_norm, k)
+        return Selection(values, indices, products)
+
+    def above(self, x: Float[Tensor, "N D"], floor: float | Float[Tensor, " F"]) -> Entries:
+        """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent."""
+        floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
+        check(floor=(floors, self.b.shape))
+        pieces = [self._above(x[rows], bounds, product, floors, least) for rows, bounds, product in self._blocks(x)]
+        counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        return Entries(counts, indices, values, gate, products)
+
+    def _above(self, x: Tensor, bounds: tuple[Tensor, Tensor], product: Tensor, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
+        n_rows, (width, n_latents) = len(x), self.W.shape
+        possible = x.new_empty(n_rows, dtype=torch.int64)
+        _, *latents = weights = self._weights()
+        run("screened_count", *bounds, product, *latents, floors, least, n_rows, width, n_latents, possible)
+        left = possible > self._most
+        room, where, exact = possible, left.nonzero().flatten(), None
+        if len(where):
+            exact = above(torch.addmm(self.b, x[where], self.W), self.gate_norm, least if floors is None else floors)
+            room = possible.index_put((where,), exact[0])
+        ends = room.cumsum(0)
+        offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
+        entries = x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries)
+        counts = room.clone()
+        run("screened_above", x, *bounds, product, *weights, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
+        if exact is not None:
+            shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
+            at = torch.arange(len(exact[1])) + shift.repeat_interleave(exact[0])
+            for entry, piece in zip(entries, exact[1:], strict=True):
+                entry[at] = piece
+        run("close_gaps", offsets, counts, n_rows, *entries)
+        n_entries = int(counts.sum())
+        return counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries)
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        return self._transposed, self._norms, self._errors, self.b, self.gate_norm
+
+    def _blocks(self, x: Float[Tensor, "N D"]) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
+        """Rows, the norms of x and of its rounding errors there, and the bfloat16 product: a buffer that holds until the next block."""
+        n_rows, (width, n_latents) = len(x), self.W.shape
+        check(x=(x, (n_rows, width)))
+        shape = min(n_rows, ROWS_AT_ONCE), n_latents
+        rounded, buffer = x.new_empty(shape[0], width, dtype=torch.bfloat16), x.new_empty(shape, dtype=torch.bfloat16)
+        norms, errors = x.new_empty(shape[0]), x.new_empty(shape[0])
+        for start in range(0, max(n_rows, 1), ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
+            n = rows.stop - rows.start
+            run("screen_rows", x[rows], n, width, rounded, norms, errors)
+            yield rows, (norms, errors), torch.mm(rounded[:n], self._rounded, out=buffer[:n])
