@@ -38,8 +38,8 @@ from lm_saes.ops.sparse_codes import (
 ENVIRONMENT_VARIABLE = "LM_SAES_OPS"
 _IMPLEMENTATIONS = {
     "reference": reference,
-    "sparse": SparseOps((torch_kernels,), largest_density=0.09),
-    "native": SparseOps((native, torch_kernels), largest_density=0.09),
+    "sparse": SparseOps((torch_kernels,), largest_density=0.1),
+    "native": SparseOps((native, torch_kernels), largest_density=0.2),
 }
 
 
