@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lm_saes.activations.factory import ActivationFactory
+from lm_saes.activations.foreign_cache import open_activations
 from lm_saes.config import (
+    ActivationFactoryActivationsSource,
+    ActivationFactoryDatasetSource,
     ActivationFactoryTarget,
     DatasetConfig,
     EvaluateSAESettings,
@@ -25,7 +29,10 @@ from lm_saes.models.sparse_dictionary import SparseDictionary
 
 if TYPE_CHECKING:
     from lm_saes.activations.factory import ActivationStream
+    from lm_saes.activations.stored import StoredActivations
     from lm_saes.models.initialization_report import InitializationReport
+
+log = logging.getLogger("lm_saes")
 
 FOLDABLE = ("dataset-wise", "batch-wise")
 """The normalisations whose scale is a constant after training, so that it can be folded into the weights."""
@@ -60,23 +67,49 @@ def open_stream(settings: StreamSettings, model: LanguageModel | None, seed: int
 
 
 def evaluation_stream(settings: StreamSettings, model: LanguageModel | None, seed: int = 0) -> ActivationStream:
-    """The settings' text in context (2D), from its held-out side where there is one: `eval_datasets`, or the demo corpus's own split."""
+    """The settings' text in context (2D), from its held-out side where there is one: `eval_datasets`, or the demo corpus's own split. Sources that are
+    activations on disk are evaluated on text too, where the settings name some for them and have a model; else on what is on the disk."""
     held_out: dict[str, DatasetConfig] = getattr(settings, "eval_datasets", None) or {}
-    datasets = {}
-    for source in settings.activation_factory.sources:
+    named = {**(settings.datasets or {}), **held_out} if model is not None else {}
+    factory, datasets, sources = settings.activation_factory, {}, []
+    for source in factory.sources:
+        if isinstance(source, ActivationFactoryActivationsSource):
+            if source.name not in named:
+                log.info("evaluating on the activations of '%s' themselves: the settings name no text for it, or no model", source.name)
+                sources.append(source)
+                continue
+            source = ActivationFactoryDatasetSource(name=source.name, sample_weights=source.sample_weights)
         dataset = held_out.get(source.name) or settings.dataset(source.name)
         if source.name not in held_out and dataset.dataset_name_or_path == "demo":
             dataset = dataset.replace(split="heldout")
         datasets[source.name] = dataset
-    factory = settings.activation_factory.replace(
-        target=ActivationFactoryTarget.ACTIVATIONS_2D,
-        batch_size=EVALUATION_ROWS,
+        sources.append(source)
+    on_disk = stored_activations(settings)
+    in_context = datasets or all(stored.sequences for stored in on_disk)
+    factory = factory.replace(
+        sources=sources,
+        context_size=factory.context_size or next((stored.context_size for stored in on_disk if stored.context_size), None),
+        target=ActivationFactoryTarget.ACTIVATIONS_2D if in_context else ActivationFactoryTarget.ACTIVATIONS_1D,
+        batch_size=EVALUATION_ROWS if in_context else factory.batch_size,
         model_batch_size=EVALUATION_ROWS,
         buffer_size=None,
         buffer_shuffle=None,
         max_buffer_bytes=None,
     )
     return ActivationFactory(factory).process(model=model, model_name=settings.model_name, datasets=datasets, seed=seed)
+
+
+def stored_activations(settings: StreamSettings) -> list[StoredActivations]:
+    """What is on disk at those of the settings' sources that are activations.
+
+    Raises:
+        CacheError: nothing is there, or it is not finished, damaged, or lacks a hook point.
+    """
+    return [
+        open_activations(source.path, settings.activation_factory.hook_points, skip_damaged=source.skip_damaged)
+        for source in settings.activation_factory.sources
+        if isinstance(source, ActivationFactoryActivationsSource)
+    ]
 
 
 def load_dictionary(reference: PretrainedSAE) -> SparseDictionary:
@@ -135,3 +168,7 @@ def check_joints(settings: TrainSAESettings | EvaluateSAESettings, model: Langua
         for hook in cfg.associated_hook_points:
             if widths[hook] != cfg.d_model:
                 raise HookPointError(f"d_model is {cfg.d_model}, but '{hook}' is {widths[hook]} wide; set sae.d_model = {widths[hook]}")
+    for stored in stored_activations(settings):
+        for hook in cfg.associated_hook_points:
+            if (width := stored.hook_widths[hook]) != cfg.d_model:
+                raise HookPointError(f"d_model is {cfg.d_model}, but '{hook}' is {width} wide on disk; set sae.d_model = {width}")

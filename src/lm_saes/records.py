@@ -7,7 +7,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_saes.config import TrainSAESettings
+from lm_saes.activations.foreign_cache import open_activations
+from lm_saes.config import ActivationFactoryActivationsSource, TrainSAESettings
 from lm_saes.config.base import RUN_RECORDS, BaseConfig, validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError, RunFolderError
@@ -84,12 +85,19 @@ def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[
         "sae_name": settings.sae_name,
         "sae_series": settings.sae_series,
         "hook_points": settings.activation_factory.hook_points,
-        "datasets": {source.name: settings.dataset(source.name).as_dict() for source in settings.activation_factory.sources},
+        "datasets": {},
         "context_size": settings.activation_factory.context_size,
         "total_training_tokens": settings.trainer.total_training_tokens,
         "seed": settings.trainer.seed,
         "stream_seed": settings.data_seed,
     }
+    for source in settings.activation_factory.sources:
+        if isinstance(source, ActivationFactoryActivationsSource):
+            cached = open_activations(source.path, settings.activation_factory.hook_points, skip_damaged=True).provenance
+            record["datasets"][source.name] = {"activations": source.path, **cached}
+            record |= {name: cached[name] for name in ("model", "model_identity") if cached.get(name)}
+        else:
+            record["datasets"][source.name] = settings.dataset(source.name).as_dict()
     if settings.model is not None and model is not None:
         record["model"] = settings.model.model_dump(mode="json", exclude={"device"})
         record["model_identity"] = model.provenance()

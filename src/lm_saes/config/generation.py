@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,12 @@ STORED_DTYPES = ("float32", "bfloat16", "float16", "int8")
 def _stored_dtype(value: str | None) -> str | None:
     if value is not None and str(value).removeprefix("torch.") not in STORED_DTYPES:
         raise ValueError(f"a cache holds {', '.join(STORED_DTYPES)}, got {value}")
+    return value
+
+
+def _activations(value: ActivationFactoryTarget) -> ActivationFactoryTarget:
+    if value is ActivationFactoryTarget.TOKENS:
+        raise ValueError('target must be "activations-1d" or "activations-2d": a cache holds activations')
     return value
 
 
@@ -40,7 +46,7 @@ class ActivationWriterConfig(BaseConfig):
     """Must be "safetensors"."""
     num_workers: int | None = Field(default=None, ge=0)
     """Without effect: a shard is written in one go. Setting it warns."""
-    target: Literal[ActivationFactoryTarget.ACTIVATIONS_1D, ActivationFactoryTarget.ACTIVATIONS_2D] = ActivationFactoryTarget.ACTIVATIONS_2D
+    target: ActivationFactoryTarget = ActivationFactoryTarget.ACTIVATIONS_2D
     """Single kept activations (activations-1d), or whole sequences with their masks (activations-2d)."""
     dtype: OptionalDType = None
     """Data type on disk: float32, bfloat16, float16 or int8; `None` is that of the activations."""
@@ -55,6 +61,7 @@ class ActivationWriterConfig(BaseConfig):
 
     _check_dtype = field_validator("dtype")(_stored_dtype)
     _check_format = field_validator("format")(_no_pickles)
+    _check_target = field_validator("target")(_activations)
 
     @model_validator(mode="after")
     def _part_exists(self) -> Self:
@@ -78,7 +85,7 @@ class GenerateActivationsSettings(BaseConfig):
     """Hook points that are written."""
     output_dir: PathString
     """The cache's folder. A cache that is not finished is gone on with."""
-    target: Literal[ActivationFactoryTarget.ACTIVATIONS_1D, ActivationFactoryTarget.ACTIVATIONS_2D] = ActivationFactoryTarget.ACTIVATIONS_2D
+    target: ActivationFactoryTarget = ActivationFactoryTarget.ACTIVATIONS_2D
     """Single kept activations (activations-1d: for training; shuffled best), or whole sequences (activations-2d: evaluation and analysis too)."""
     model_batch_size: int = Field(default=1, ge=1)
     """Sequences in one forward of the language model."""
@@ -119,6 +126,7 @@ class GenerateActivationsSettings(BaseConfig):
 
     _check_dtype = field_validator("override_dtype")(_stored_dtype)
     _check_format = field_validator("format")(_no_pickles)
+    _check_target = field_validator("target")(_activations)
 
     @model_validator(mode="after")
     def _joints(self) -> Self:
