@@ -1,6 +1,6 @@
 """The Hugging Face hub: folders fetched from it and put there, and what its many ways of saying no mean for a user, in one line each.
 
-Only JSON and safetensors are fetched. Tokens are the hub client's business (HF_TOKEN, `hf auth login`) and are never written anywhere.
+Only configurations and weights are fetched, and nothing in them is run. Tokens are the hub client's business (HF_TOKEN, `hf auth login`) and are never written anywhere.
 """
 
 from __future__ import annotations

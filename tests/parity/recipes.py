@@ -1,20 +1,20 @@
-"""What both libraries get: weights, dictionaries and batches, all from NumPy's generators, so that neither library's random numbers matter.
+"""What all libraries get: weights, dictionaries and batches, all from NumPy's generators, so that no library's random numbers matter.
 
-`scripts/make_sae_lens_golden.py` runs sae-lens on them, the tests of this folder run ours.
+`scripts/make_sae_lens_golden.py` and `scripts/make_interop_golden.py` run other libraries on them, the tests of this folder run ours.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lm_saes.config import SAEConfig
-from lm_saes.models import SparseAutoEncoder
+if TYPE_CHECKING:
+    from lm_saes.models import SparseAutoEncoder
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "sae_lens"
 
@@ -68,6 +68,9 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 def ours(name: str) -> SparseAutoEncoder:
     """One of `EXPORTS`, in eval mode."""
+    from lm_saes.config import SAEConfig
+    from lm_saes.models import SparseAutoEncoder
+
     options = {"norm_activation": "inference", **EXPORTS[name]}
     if options["norm_activation"] == "dataset-wise":
         options["dataset_average_activation_norm"] = {hook: MEAN_NORMS[hook] for hook in {HOOK, options.get("hook_point_out", HOOK)}}

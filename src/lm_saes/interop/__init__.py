@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lm_saes.errors import ConfigError
-from lm_saes.interop import sae_lens
+from lm_saes.interop import dictionary_learning, gemma_scope, sae_lens, sparsify
 from lm_saes.interop.equations import Native
 
 if TYPE_CHECKING:
     from lm_saes.models.sae import SparseAutoEncoder
 
-FORMATS: tuple[ModuleType, ...] = (sae_lens,)
+FORMATS: tuple[ModuleType, ...] = (sae_lens, sparsify, dictionary_learning, gemma_scope)
 FILES: tuple[str, ...] = tuple(dict.fromkeys(file for form in FORMATS for file in form.FILES))
 """All files that some format needs."""
 

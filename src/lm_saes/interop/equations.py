@@ -112,6 +112,16 @@ class ForeignEquations:
             raise WeightsError(f"{origin}: {', '.join(faults)}, beside an encoder of shape {[D, F]}")
 
 
+def gated(
+    W_enc: Float[Tensor, "D F"], b_gate: Float[Tensor, " F"], b_mag: Float[Tensor, " F"], r_mag: Float[Tensor, " F"],
+    W_dec: Float[Tensor, "F D"], b_dec: Float[Tensor, " D"],
+) -> ForeignEquations:  # fmt: skip
+    """A gated dictionary as the JumpReLU that it is: with u the product with W_enc it fires where u + b_gate > 0 and gives relu(exp(r_mag) u + b_mag),
+    so its weights are exp(r_mag) W_enc and its threshold b_mag - exp(r_mag) b_gate."""
+    gain, W_enc, b_gate, b_mag = r_mag.double().exp(), W_enc.double(), b_gate.double(), b_mag.double()
+    return ForeignEquations(W_enc * gain, b_mag, W_dec, b_dec, "jumprelu", b_mag - gain * b_gate)
+
+
 def log_threshold(threshold: Float[Tensor, " F"], dtype: torch.dtype) -> Float[Tensor, " F"]:
     """log theta. A threshold of zero or less (the gate is then that of ReLU) becomes the smallest normal number of the type."""
     return threshold.double().clamp_min(torch.finfo(dtype).tiny).log().to(dtype)

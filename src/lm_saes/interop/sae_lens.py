@@ -5,8 +5,7 @@ Their differences from ours, each folded into the weights (`equations.py`), so t
 - `apply_b_dec_to_input`, the default, subtracts b_dec before the encoder;
 - `rescale_acts_by_decoder_norm` (TopK and what is trained by BatchTopK) returns codes multiplied by ||W_dec row||;
 - `threshold` of JumpReLU is theta itself, not its logarithm. A BatchTopK dictionary is saved as JumpReLU with one constant theta;
-- gated dictionaries fire where u + b_gate > 0 and give exp(r_mag) u + b_mag, with u = (x - b_dec) W_enc: a JumpReLU with weights
-  exp(r_mag) W_enc and threshold b_mag - exp(r_mag) b_gate (Rajamanoharan et al., arXiv 2407.14435, say so of the two);
+- gated dictionaries become the JumpReLU dictionaries that they are;
 - `normalize_activations`: "constant_norm_rescale" is our token-wise; "expected_average_only_in" multiplies the input by a factor that is not in
   the folder of a finished dictionary, but beside a checkpoint (`activation_scaler.json`) or in the caller's hand.
 """
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.errors import ConfigError, WeightsError
-from lm_saes.interop.equations import ForeignEquations, Native
+from lm_saes.interop.equations import ForeignEquations, Native, gated
 from lm_saes.interop.files import read_json, read_safetensors, take, write_folder
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def convert(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], scaling_facto
         raise WeightsError(f"{origin}: {skip} not read; those that are: {', '.join(_ACT_FN)}")
     transcoder = "transcoder" in architecture
     tensors = _without_unit_factor(tensors, origin)
-    foreign = _gated(tensors, origin) if architecture == "gated" else _plain(architecture, table, tensors, origin)
+    foreign = gated(*take(tensors, _GATED, origin).values()) if architecture == "gated" else _plain(architecture, table, tensors, origin)
     foreign.subtracts_b_dec = bool(table.get("apply_b_dec_to_input", not transcoder))
     foreign.codes_include_decoder_norm = bool(table.get("rescale_acts_by_decoder_norm", False))
     foreign.input_scale, norm = _normalisation(table, transcoder, scaling_factor, origin)
@@ -197,15 +196,6 @@ def _plain(architecture: str, table: Mapping[str, Any], tensors: Mapping[str, Te
         threshold=threshold.double().exp() if threshold is not None and logarithm else threshold,
         top_k=int(k) if act_fn in {"topk", "batchtopk"} and k is not None else None,
     )
-
-
-def _gated(tensors: Mapping[str, Tensor], origin: str) -> ForeignEquations:
-    W_enc, b_gate, b_mag, r_mag, W_dec, b_dec = take(tensors, _GATED, origin).values()
-    gain = r_mag.double().exp()
-    # Float64 so far: b_dec is folded into the product with these weights.
-    foreign = ForeignEquations(W_enc.double() * gain, b_mag.double(), W_dec, b_dec, act_fn="jumprelu")
-    foreign.threshold = b_mag.double() - gain * b_gate.double()
-    return foreign
 
 
 def _normalisation(table: Mapping[str, Any], transcoder: bool, scaling_factor: float | None, origin: str) -> tuple[float, str]:
