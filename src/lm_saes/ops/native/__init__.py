@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from lm_saes.ops.native import library
 from lm_saes.ops.native.calls import applies
-from lm_saes.ops.native.kernels import above, by_latent, entry_dots, gather_sum, latent_sums, reconstruct, topk
+from lm_saes.ops.native.kernels import (
+    above,
+    by_latent,
+    entry_dots,
+    gather_sum,
+    latent_sums,
+    reconstruct,
+    topk,
+)
 from lm_saes.ops.native.library import ENVIRONMENT_VARIABLE, Unavailable
 from lm_saes.ops.native.screening import ScreenedEncoder
 

@@ -22,12 +22,35 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=fast"),
-    *("-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"),  # GCC 12 takes its own intrinsics for uninitialised
+    *(
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fno-math-errno",
+        "-ffp-contract=fast",
+    ),
+    *(
+        "-Wall",
+        "-Wextra",
+        "-Wno-maybe-uninitialized",
+        "-Wno-psabi",
+    ),  # GCC 12 takes its own intrinsics for uninitialised
 )
 LINUX_FLAGS = ("-static-libgcc", "-Wl,--as-needed")
 AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+AVX512 = (
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512cd",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+)
 TIME_LIMIT = 300
 """Seconds for a compilation, which takes about five."""
 
@@ -77,7 +100,15 @@ def build() -> str | None:
     with tempfile.TemporaryDirectory(dir=FOLDER, prefix="build-") as scratch:
         built = {name: Path(scratch) / library_path(name).name for name in wanted}
         for name, flags in wanted.items():
-            if problem := _compile([*compiler, *FLAGS, *(LINUX_FLAGS if sys.platform == "linux" else ()), *flags], built[name]):
+            if problem := _compile(
+                [
+                    *compiler,
+                    *FLAGS,
+                    *(LINUX_FLAGS if sys.platform == "linux" else ()),
+                    *flags,
+                ],
+                built[name],
+            ):
                 return problem
         for name, path in built.items():
             path.replace(library_path(name))
@@ -86,9 +117,22 @@ def build() -> str | None:
 
 def _compile(command: list[str], library: Path) -> str | None:
     sources = [str(path) for path in sorted(FOLDER.glob("*.cpp"))]
-    command = [*command, f'-DLM_SAES_SOURCES="{sources_hash()}"', "-o", str(library), *sources]
+    command = [
+        *command,
+        f'-DLM_SAES_SOURCES="{sources_hash()}"',
+        "-o",
+        str(library),
+        *sources,
+    ]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False, env=os.environ | {"LC_ALL": "C"})
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+            check=False,
+            env=os.environ | {"LC_ALL": "C"},
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command[0]} did not run: {error}"
     if result.returncode:

@@ -38,7 +38,11 @@ def check(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
 
 def check_pattern(pattern: Pattern, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
     indices, offsets = pattern.indices, pattern.offsets
-    check(indices=(indices, (indices.numel(),)), offsets=(offsets, (offsets.numel(),)), **tensors)
+    check(
+        indices=(indices, (indices.numel(),)),
+        offsets=(offsets, (offsets.numel(),)),
+        **tensors,
+    )
     check_range("indices", indices, pattern.n_latents)
     check_offsets(offsets, indices.numel())
 

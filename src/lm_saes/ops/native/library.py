@@ -17,7 +17,12 @@ ENVIRONMENT_VARIABLE = "LM_SAES_NATIVE_ISA"
 _AVX2, _AVX512, _FAST_BFLOAT16 = 1, 2, 4  # bits of lm_saes_features
 _NEEDED = {"avx512": _AVX512, "avx2": _AVX2, "generic": 0}
 
-_pointer, _int64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_pointer, _int64, _int, _float = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_float,
+)
 _SIGNATURES = {
     "topk": [_pointer] * 2 + [_int64] * 3 + [_pointer] * 2 + [_int],
     "count_above": [_pointer] * 3 + [_float] + [_int64] * 2 + [_pointer] + [_int],
@@ -28,10 +33,10 @@ _SIGNATURES = {
     "by_latent": [_pointer] * 2 + [_int64] * 3 + [_pointer] * 4 + [_int],
     "latent_sums": [_pointer] * 5 + [_int64] * 2 + [_int] + [_pointer] + [_int],
     "screen_weights": [_pointer] + [_int64] * 2 + [_pointer] * 4 + [_int],
-    "screen_rows": [_pointer] + [_int64] * 2 + [_pointer] * 3 + [_int],
-    "screened_topk": [_pointer] * 9 + [_int64] * 5 + [_pointer] * 3 + [_int],
-    "screened_count": [_pointer] * 8 + [_float] + [_int64] * 3 + [_pointer] + [_int],
-    "screened_above": [_pointer] * 10 + [_float] + [_int64] * 3 + [_pointer] * 6 + [_int],
+    "screen_rows": [_pointer] * 2 + [_int64] * 2 + [_pointer] * 3 + [_int],
+    "screened_topk": [_pointer] * 10 + [_float] + [_int64] * 5 + [_pointer] * 3 + [_int],
+    "screened_count": [_pointer] * 8 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] + [_int],
+    "screened_above": [_pointer] * 10 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] * 6 + [_int],
     "close_gaps": [_pointer] * 2 + [_int64] + [_pointer] * 3 + [_int],
     "use_runtime": [_pointer],
     "all_below": [_pointer, _int64, _int64],

@@ -173,20 +173,20 @@ void lm_saes_screen_weights(
     });
 }
 
-// Of x [n, D]: x rounded to bfloat16, and for each row |x| and |x - x~|.
-void lm_saes_screen_rows(const float* x, int64_t n_rows, int64_t width, uint16_t* rounded, float* norms, float* errors, int threads) {
+// Of y = x - m, for x [n, D] and m [D]: y rounded to bfloat16, and for each row |y| and |y - y~|.
+void lm_saes_screen_rows(const float* x, const float* centre, int64_t n_rows, int64_t width, uint16_t* rounded, float* norms, float* errors, int threads) {
     for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             const float* const row = x + i * width;
             Floats squares = {}, errors_squared = {};
             for (int64_t d = 0; d < width; d += LANES) {
                 const bool tail = d + LANES > width;
-                const Floats numbers = tail ? load_tail(row + d, width - d) : load(row + d), number_rounded = to_bfloat16(numbers);
-                const Floats error = numbers - number_rounded;
-                squares += numbers * numbers;
+                const Floats y = tail ? load_tail(row + d, width - d) - load_tail(centre + d, width - d) : load(row + d) - load(centre + d);
+                const Floats y_rounded = to_bfloat16(y), error = y - y_rounded;
+                squares += y * y;
                 errors_squared += error * error;
                 uint16_t halves[LANES];
-                store_bfloat16(halves, number_rounded);
+                store_bfloat16(halves, y_rounded);
                 memcpy(rounded + i * width + d, halves, sizeof(uint16_t) * static_cast<size_t>(tail ? width - d : LANES));
             }
             norms[i] = norm_of(sum(squares), width);
@@ -198,9 +198,9 @@ void lm_saes_screen_rows(const float* x, int64_t n_rows, int64_t width, uint16_t
 // The k largest of each row as `lm_saes_topk` gives them, and how many products in float32 each row took; -1: the row is left undone.
 void lm_saes_screened_topk(
     const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
-    const float* errors, const float* bias, const float* gate_norm, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most,
+    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most,
     float* values, int64_t* indices, int64_t* products, int threads) {
-    const Screen screen{transposed, norms, errors, bias, gate_norm, width, n_latents};
+    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(n_latents);
         for (int64_t i = begin; i < end; i++) {
@@ -213,8 +213,8 @@ void lm_saes_screened_topk(
 // How many entries of each row may be above the floor.
 void lm_saes_screened_count(
     const float* row_norms, const float* row_errors, const uint16_t* product, const float* norms, const float* errors, const float* bias,
-    const float* gate_norm, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, int64_t* counts, int threads) {
-    const Screen screen{nullptr, norms, errors, bias, gate_norm, width, n_latents};
+    const float* centred, const float* gate_norm, float centre, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, int64_t* counts, int threads) {
+    const Screen screen{nullptr, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             int64_t n = 0;
@@ -227,9 +227,9 @@ void lm_saes_screened_count(
 // Those that are, from offsets[i] on, and how many. Rows with skip[i] are left alone.
 void lm_saes_screened_above(
     const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
-    const float* errors, const float* bias, const float* gate_norm, const float* floors, float floor, int64_t n_rows, int64_t width,
-    int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices, float* values, float* gates, int threads) {
-    const Screen screen{transposed, norms, errors, bias, gate_norm, width, n_latents};
+    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, const float* floors, float floor,
+    int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices, float* values, float* gates, int threads) {
+    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(n_latents);
         for (int64_t i = begin; i < end; i++) {

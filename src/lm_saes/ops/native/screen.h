@@ -1,10 +1,14 @@
 // What bounds the gate values of a row, given their products in bfloat16.
 //
-// Let x~ and w~ be x and w rounded to bfloat16, and s the product of x~ and w~ as the matrix product returns it, in bfloat16. Then
-//     |x.w - s|  <=  |x - x~| |w~|  +  |x| |w - w~|  +  g |x~| |w~|  +  2^-8 |s|
+// Let m be any vector, y = x - m, y~ and w~ be y and w rounded to bfloat16, and s the product of y~ and w~ as the matrix product returns
+// it, in bfloat16. Then
+//     |y.w - s|  <=  |y - y~| |w~|  +  |y| |w - w~|  +  g |y~| |w~|  +  2^-8 |s|
 // by Cauchy and Schwarz; the third term bounds the rounding of a float32 sum of D terms in any order (g = D 2^-24 and some), the last
-// one that of the result. The errors x - x~ and w - w~ are those that were made, not the largest there could be. With twice the third
-// term, and one for adding the bias, the bound holds for the float32 result too, dot(x, w) + b, which decides in the end.
+// one that of the result. The errors y - y~ and w - w~ are those that were made, not the largest there could be. With m the mean of the
+// activations, which is most of them in many layers, y is much shorter than x.
+//
+// What decides in the end is a float32 result, dot(x, w) + b, and what the bounds are around is s + c, with c = m.w + b in float32. The
+// rounding of both comes to less than g (|y| + 2 |m|) |w| + g |c|, so that 2 g (|y| + |m|) covers it together with the third term.
 #pragma once
 
 #include "select.h"
@@ -19,8 +23,10 @@ struct Screen {
     const float* transposed;  // W^T [F, D]
     const float* norms;       // |w~| [F]
     const float* errors;      // |w - w~| [F]
-    const float* bias;        // [F]
+    const float* bias;        // b [F]
+    const float* centred;     // c [F]
     const float* gate_norm;   // [F], or null
+    float centre;             // |m|
     int64_t width, n_latents;
 };
 
@@ -32,9 +38,10 @@ public:
     Row(const Screen& screen, const uint16_t* products, float norm, float error) : screen(screen), products(products) {
         // Norms were summed in float32 and the bounds are computed in it: `more` covers that.
         const double g = 2.02 * static_cast<double>(screen.width + 8) / (1 << 24), more = (1 + g) * (1 + g);
-        norm_factor = static_cast<float>(more * (error + g * (static_cast<double>(norm) + error)));
-        error_factor = static_cast<float>(more * (1 + g) * norm);
-        bias_factor = static_cast<float>(g);
+        const double rounding = g * (static_cast<double>(norm) + error + screen.centre);
+        norm_factor = static_cast<float>(more * (error + rounding));
+        error_factor = static_cast<float>(more * (norm + rounding));
+        centred_factor = static_cast<float>(g);
     }
 
     // The largest (SIGN 1) or smallest (SIGN -1) pre-activation that float32 may give, or the one that bfloat16 gave (SIGN 0). NaN if unknown.
@@ -42,12 +49,12 @@ public:
     Floats h(int64_t j) const {
         const int64_t F = screen.n_latents;
         return combine<SIGN>(
-            product<TAIL>(j), read<TAIL>(screen.bias, j, F), SIGN ? read<TAIL>(screen.norms, j, F) : Floats{},
+            product<TAIL>(j), read<TAIL>(screen.centred, j, F), SIGN ? read<TAIL>(screen.norms, j, F) : Floats{},
             SIGN ? read<TAIL>(screen.errors, j, F) : Floats{});
     }
     template <int SIGN>
     float h(int64_t j) const {
-        return combine<SIGN>(float_of(static_cast<int32_t>(static_cast<uint32_t>(products[j]) << 16)), screen.bias[j], screen.norms[j], screen.errors[j]);
+        return combine<SIGN>(float_of(static_cast<int32_t>(static_cast<uint32_t>(products[j]) << 16)), screen.centred[j], screen.norms[j], screen.errors[j]);
     }
 
     // The gate value of a pre-activation; larger for a larger one.
@@ -61,10 +68,10 @@ public:
 
 private:
     template <int SIGN, class Number>
-    Number combine(Number s, Number bias, Number norm, Number error) const {
-        const Number h = s + bias;
+    Number combine(Number s, Number c, Number norm, Number error) const {
+        const Number h = s + c;
         if (SIGN == 0) return h;
-        const Number most = norm_factor * norm + error_factor * error + OUTPUT_ROUNDING * absolute(s) + bias_factor * absolute(bias) + SMALLEST;
+        const Number most = norm_factor * norm + error_factor * error + OUTPUT_ROUNDING * absolute(s) + centred_factor * absolute(c) + SMALLEST;
         return SIGN > 0 ? h + most : h - most;
     }
 
@@ -77,7 +84,7 @@ private:
     }
 
     const uint16_t* products;  // s [F]
-    float norm_factor, error_factor, bias_factor;
+    float norm_factor, error_factor, centred_factor;
 };
 
 }  // namespace

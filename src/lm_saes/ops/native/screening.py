@@ -45,6 +45,18 @@ class Entries(NamedTuple):
     """How many entries of each row were computed in float32; -1: all, there were too many candidates."""
 
 
+Arguments = tuple[Tensor | float | None, ...]
+
+
+class _Centre(NamedTuple):
+    """The m that is taken away from x before it is rounded (screen.h). Any would do; the mean makes rows shortest."""
+
+    mean: Float[Tensor, " D"]
+    norm: float
+    product: Float[Tensor, " F"]
+    """m W + b."""
+
+
 def worthwhile() -> bool:
     """Whether bfloat16 products are faster than float32 ones on this processor; by its features, hence the same in every run."""
     return library.has_fast_bfloat16() and torch.backends.mkldnn.is_available()
@@ -61,33 +73,84 @@ class ScreenedEncoder:
         gate_norm: [F], what h is multiplied with for the gate value, at least 0; or None.
     """
 
-    def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
+    def __init__(
+        self,
+        W: Float[Tensor, "D F"],
+        b: Float[Tensor, " F"],
+        gate_norm: Float[Tensor, " F"] | None = None,
+    ) -> None:
         width, n_latents = W.shape
-        self._transposed, self._rounded = torch.empty(n_latents, width), torch.empty(width, n_latents, dtype=torch.bfloat16)
+        self._transposed, self._rounded = (
+            torch.empty(n_latents, width),
+            torch.empty(width, n_latents, dtype=torch.bfloat16),
+        )
         self._norms, self._errors = torch.empty(n_latents), torch.empty(n_latents)
         self._most = min(n_latents, max(n_latents // CANDIDATES, 64))
         self.update(W, b, gate_norm)
 
-    def update(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
+    def update(
+        self,
+        W: Float[Tensor, "D F"],
+        b: Float[Tensor, " F"],
+        gate_norm: Float[Tensor, " F"] | None = None,
+    ) -> None:
         """The same for other weights of the same shape."""
         n_latents, width = self._transposed.shape
-        check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
-        self.W, self.b, self.gate_norm = W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach()
-        run("screen_weights", self.W, width, n_latents, self._transposed, self._rounded, self._norms, self._errors)
+        check(
+            W=(W, (width, n_latents)),
+            b=(b, (n_latents,)),
+            gate_norm=(gate_norm, (n_latents,)),
+        )
+        self.W, self.b, self.gate_norm = (
+            W.detach(),
+            b.detach(),
+            None if gate_norm is None else gate_norm.detach(),
+        )
+        run(
+            "screen_weights",
+            self.W,
+            width,
+            n_latents,
+            self._transposed,
+            self._rounded,
+            self._norms,
+            self._errors,
+        )
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
         n_rows, width, n_latents = len(x), *self.W.shape
         if not 0 <= k <= n_latents:
             raise ValueError(f"k must be between 0 and the number of latents, {n_latents}, got {k}")
-        values, indices = x.new_empty(n_rows, k), x.new_empty(n_rows, k, dtype=torch.int64)
+        values, indices = (
+            x.new_empty(n_rows, k),
+            x.new_empty(n_rows, k, dtype=torch.int64),
+        )
         products = torch.zeros(n_rows, dtype=torch.int64)
         if not values.numel():
             return Selection(values, indices, products)
-        for rows, bounds, product in self._blocks(x):
-            most = min(n_latents, max(self._most, 2 * k))
-            arguments = *bounds, product, *self._weights(), len(product), width, n_latents, k, most
-            run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
+        centre = self._centre(x)
+        most = min(n_latents, max(self._most, 2 * k))
+        for rows, bounds, product in self._blocks(x, centre):
+            arguments = (
+                *bounds,
+                product,
+                self._transposed,
+                *self._bounds(centre),
+                len(product),
+                width,
+                n_latents,
+                k,
+                most,
+            )
+            run(
+                "screened_topk",
+                x[rows],
+                *arguments,
+                values[rows],
+                indices[rows],
+                products[rows],
+            )
         left = (products < 0).nonzero().flatten()
         if len(left):
             values[left], indices[left] = topk(torch.addmm(self.b, x[left], self.W), self.gate_norm, k)
@@ -97,25 +160,65 @@ class ScreenedEncoder:
         """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent."""
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
-        pieces = [self._above(x[rows], bounds, product, floors, least) for rows, bounds, product in self._blocks(x)]
+        centre = self._centre(x)
+        pieces = [self._above(x[rows], (*bounds, product), self._bounds(centre), floors, least) for rows, bounds, product in self._blocks(x, centre)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
-    def _above(self, x: Tensor, bounds: tuple[Tensor, Tensor], product: Tensor, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    def _above(
+        self,
+        x: Tensor,
+        rows: Arguments,
+        latents: Arguments,
+        floors: Tensor | None,
+        least: float,
+    ) -> tuple[Tensor, ...]:
         n_rows, (width, n_latents) = len(x), self.W.shape
         possible = x.new_empty(n_rows, dtype=torch.int64)
-        _, *latents = weights = self._weights()
-        run("screened_count", *bounds, product, *latents, floors, least, n_rows, width, n_latents, possible)
+        run(
+            "screened_count",
+            *rows,
+            *latents,
+            floors,
+            least,
+            n_rows,
+            width,
+            n_latents,
+            possible,
+        )
         left = possible > self._most
         room, where, exact = possible, left.nonzero().flatten(), None
         if len(where):
-            exact = above(torch.addmm(self.b, x[where], self.W), self.gate_norm, least if floors is None else floors)
+            exact = above(
+                torch.addmm(self.b, x[where], self.W),
+                self.gate_norm,
+                least if floors is None else floors,
+            )
             room = possible.index_put((where,), exact[0])
         ends = room.cumsum(0)
         offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
-        entries = x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries)
+        entries = (
+            x.new_empty(n_entries, dtype=torch.int64),
+            x.new_empty(n_entries),
+            x.new_empty(n_entries),
+        )
         counts = room.clone()
-        run("screened_above", x, *bounds, product, *weights, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
+        run(
+            "screened_above",
+            x,
+            *rows,
+            self._transposed,
+            *latents,
+            floors,
+            least,
+            n_rows,
+            width,
+            n_latents,
+            left,
+            offsets,
+            counts,
+            *entries,
+        )
         if exact is not None:
             shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
             at = torch.arange(len(exact[1])) + shift.repeat_interleave(exact[0])
@@ -123,20 +226,45 @@ class ScreenedEncoder:
                 entry[at] = piece
         run("close_gaps", offsets, counts, n_rows, *entries)
         n_entries = int(counts.sum())
-        return counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries)
+        return (
+            counts,
+            possible.masked_fill(left, -1),
+            *(entry[:n_entries] for entry in entries),
+        )
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return self._transposed, self._norms, self._errors, self.b, self.gate_norm
+    def _centre(self, x: Float[Tensor, "N D"]) -> _Centre:
+        check(x=(x, (len(x), len(self.W))))
+        mean = x.mean(0)
+        if not mean.isfinite().all():  # of no rows, or some rows are not finite
+            mean = torch.zeros_like(mean)
+        norm = float(mean.double().norm())
+        return _Centre(mean, norm, torch.mv(self.W.t(), mean) + self.b)
 
-    def _blocks(self, x: Float[Tensor, "N D"]) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
-        """Rows, the norms of x and of its rounding errors there, and the bfloat16 product: a buffer that holds until the next block."""
+    def _bounds(self, centre: _Centre) -> Arguments:
+        return (
+            self._norms,
+            self._errors,
+            self.b,
+            centre.product,
+            self.gate_norm,
+            centre.norm,
+        )
+
+    def _blocks(self, x: Float[Tensor, "N D"], centre: _Centre) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
+        """Rows, the norms of x - m and of its rounding errors there, and the bfloat16 product: a buffer that holds until the next block."""
         n_rows, (width, n_latents) = len(x), self.W.shape
-        check(x=(x, (n_rows, width)))
         shape = min(n_rows, ROWS_AT_ONCE), n_latents
-        rounded, buffer = x.new_empty(shape[0], width, dtype=torch.bfloat16), x.new_empty(shape, dtype=torch.bfloat16)
-        norms, errors = x.new_empty(shape[0]), x.new_empty(shape[0])
+        rounded, buffer = (
+            torch.empty(shape[0], width, dtype=torch.bfloat16),
+            torch.empty(shape, dtype=torch.bfloat16),
+        )
+        norms, errors = torch.empty(shape[0]), torch.empty(shape[0])
         for start in range(0, max(n_rows, 1), ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
             n = rows.stop - rows.start
-            run("screen_rows", x[rows], n, width, rounded, norms, errors)
-            yield rows, (norms, errors), torch.mm(rounded[:n], self._rounded, out=buffer[:n])
+            run("screen_rows", x[rows], centre.mean, n, width, rounded, norms, errors)
+            yield (
+                rows,
+                (norms, errors),
+                torch.mm(rounded[:n], self._rounded, out=buffer[:n]),
+            )
