@@ -43,6 +43,10 @@ def assert_one_line(text: str) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict:
+    return small_run(tmp_path)
+
+
+def small_run(tmp_path: Path) -> dict:
     """Settings of a small run on a random local model and a local file of text."""
     model = save_tiny("gpt_neox", tmp_path / "model")
     text = tmp_path / "text.jsonl"

@@ -94,7 +94,7 @@ class TrainerConfig(BaseConfig):
     total_training_tokens: int = Field(default=300_000_000, ge=1)
     """Tokens to train on; steps = tokens // tokens per batch."""
     seed: int = 0
-    """Seeds the initialisation, shuffling, mixing and the order of the data."""
+    """Seeds the initialisation, shuffling, mixing and the order of the data; the last three have the `stream_seed` of the settings where one is set."""
     skip_metrics_calculation: bool = False
     """Log only the losses, the schedules and what costs nothing."""
     feature_sampling_window: int = Field(default=1000, ge=1)
