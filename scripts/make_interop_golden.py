@@ -36,13 +36,15 @@ def sparsify(target: Path) -> None:
     from sparsify import SparseCoder, SparseCoderConfig
 
     given, x = recipes.weights(), recipes.inputs()
-    for name, options in {"layers.3": {}, "transcoder": {"transcode": True}}.items():
+    for name, options in {"layers.3": {}, "transcoder": {"transcode": True}, "skip_transcoder": {"transcode": True, "skip_connection": True}}.items():
         coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K, normalize_decoder=False, **options))
         with torch.no_grad():
             coder.encoder.weight.copy_(given["W_enc"].T)
             coder.encoder.bias.copy_(given["b_enc"])
             coder.W_dec.copy_(given["W_dec"])
             coder.b_dec.copy_(given["b_dec"])
+            if coder.W_skip is not None:
+                coder.W_skip.copy_(given["W_skip"])
         coder.save_to_disk(target / name)
         coder = SparseCoder.load_from_disk(target / name)
         out = coder(x)

@@ -33,7 +33,16 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig, Transcoder, TranscoderConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
@@ -57,8 +66,7 @@ def given(sae: SAE[Any], seed: int = 0) -> SAE[Any]:
 def outputs(sae: SAE[Any]) -> dict[str, torch.Tensor]:
     x = recipes.inputs()
     with torch.no_grad():
-        codes = sae.encode(x)
-        return {"x": x, "codes": codes, "reconstruction": sae.decode(codes)}
+        return {"x": x, "codes": sae.encode(x), "reconstruction": sae(x)}
 
 
 def metadata(**more: Any) -> SAEMetadata:
@@ -82,6 +90,8 @@ def read_cases(folder: Path) -> None:
         "gated": GatedSAE(GatedSAEConfig(**base())),
         "transcoder": Transcoder(TranscoderConfig(**base(**transcoder))),
         "jumprelu_transcoder": JumpReLUTranscoder(JumpReLUTranscoderConfig(**base(**transcoder))),
+        "skip_transcoder": SkipTranscoder(SkipTranscoderConfig(**base(**transcoder))),
+        "jumprelu_skip_transcoder": JumpReLUSkipTranscoder(JumpReLUSkipTranscoderConfig(**base(**transcoder))),
     }
     for name, sae in finished.items():
         given(sae).save_model(folder / name)

@@ -38,7 +38,7 @@ def hub_folder(tmp_path, monkeypatch) -> Path:
             shutil.copytree(folder_path, root / repo_id / path_in_repo, dirs_exist_ok=True)
 
     def download(repo_id, allow_patterns, token=None):
-        assert all(pattern.endswith((".json", ".safetensors")) for pattern in allow_patterns)
+        assert all(pattern.endswith((".json", ".safetensors", "/ae.pt", "/params.npz")) and "*" not in pattern for pattern in allow_patterns)
         if not (root / repo_id).is_dir():
             raise errors.RepositoryNotFoundError("404", response=httpx2.Response(404, request=httpx2.Request("GET", "https://huggingface.co")))
         return str(root / repo_id)

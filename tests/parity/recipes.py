@@ -34,6 +34,7 @@ def weights(seed: int = 0) -> dict[str, Tensor]:
         "W_enc": rng.normal(size=(D, F)) / np.sqrt(D), "b_enc": 0.3 * rng.normal(size=F), "W_dec": W_dec, "b_dec": rng.normal(size=D),
         "threshold": np.exp(0.5 * rng.normal(size=F)) - 0.7,  # some below zero
         "b_gate": 0.5 * rng.normal(size=F), "b_mag": 0.5 * rng.normal(size=F), "r_mag": 0.5 * rng.normal(size=F),
+        "W_skip": rng.normal(size=(D, D)) / np.sqrt(D),
     }  # fmt: skip
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
 
@@ -62,6 +63,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "batchtopk": {"act_fn": "batchtopk", "norm_activation": "dataset-wise"},
     "transcoder": {"hook_point_out": HOOK_OUT, "norm_activation": "dataset-wise"},
     "jumprelu_transcoder": {"act_fn": "jumprelu", "hook_point_out": HOOK_OUT, "norm_activation": "dataset-wise"},
+    "skip_transcoder": {"hook_point_out": HOOK_OUT, "norm_activation": "dataset-wise", "use_skip_connection": True},
+    "jumprelu_skip_transcoder": {"act_fn": "jumprelu", "hook_point_out": HOOK_OUT, "use_skip_connection": True},
 }
 """Dictionaries of ours that are written for sae-lens."""
 
@@ -77,7 +80,13 @@ def ours(name: str) -> SparseAutoEncoder:
     dictionary = SparseAutoEncoder(SAEConfig(hook_point_in=HOOK, d_model=D, expansion_factor=F / D, top_k=K, **options))
     given = weights(seed=1)
     with torch.no_grad():
-        for parameter, key in ((dictionary.W_E, "W_enc"), (dictionary.b_E, "b_enc"), (dictionary.W_D, "W_dec"), (dictionary.b_D, "b_dec")):
+        for parameter, key in (
+            (dictionary.W_E, "W_enc"),
+            (dictionary.b_E, "b_enc"),
+            (dictionary.W_D, "W_dec"),
+            (dictionary.b_D, "b_dec"),
+            (dictionary.W_skip, "W_skip"),
+        ):
             if parameter is not None:
                 parameter.copy_(given[key])
         if dictionary.cfg.act_fn == "jumprelu":

@@ -24,7 +24,7 @@ GEMMA = GOLDEN / "gemma_scope/google--gemma-scope-2b-pt-res/layer_3/width_16k/av
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.relative_to(GOLDEN).as_posix())
 def test_computes_the_same_here(folder):
-    transcoder = folder.name == "transcoder"  # its folder does not say at which hook points
+    transcoder = folder.name.endswith("transcoder")  # its folder does not say at which hook points
     hooks = {"hook_point_in": RESIDUAL, "hook_point_out": "blocks.3.hook_mlp_out"} if transcoder else {}
     expected = load_file(folder / "outputs.safetensors")
     dictionary = SparseAutoEncoder.from_pretrained(folder, **hooks)
@@ -39,7 +39,7 @@ def test_computes_the_same_here(folder):
 
 
 def test_every_format_is_covered():
-    assert len(FOLDERS) == 2 + 8 + 1
+    assert len(FOLDERS) == 3 + 8 + 1
 
 
 def test_what_was_read_is_saved_as_ours(tmp_path):
@@ -64,7 +64,11 @@ def refused(folder: Path, message: str, error: type[LmSaesError] = WeightsError)
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"activation": "groupmax"}, "'groupmax' is not read"), ({"skip_connection": True}, "skip connections"), ({"k": None}, "whole number for k")],
+    [
+        ({"activation": "groupmax"}, "'groupmax' is not read"),
+        ({"skip_connection": True}, "autoencoder with a skip connection"),
+        ({"k": None}, "whole number for k"),
+    ],
 )
 def test_sparsify_refusals(changes, message, tmp_path):
     folder = copy(GOLDEN / "sparsify" / "layers.3", tmp_path / "layers.3")

@@ -134,7 +134,7 @@ def test_what_sae_lens_does_not_have_is_refused(options, message, tmp_path, monk
     ("changes", "message"),
     [
         ({"architecture": "temporal"}, "architecture 'temporal' is not read"),
-        ({"architecture": "skip_transcoder"}, "skip connections are not read"),
+        ({"architecture": "skip_transcoder"}, "W_skip is missing"),
         ({"normalize_activations": "layer_norm"}, "'layer_norm' has no counterpart"),
         ({"normalize_activations": "covariance_whitening"}, "'covariance_whitening' has no counterpart"),
         ({"normalize_activations": "expected_average_only_in"}, "scaling_factor="),

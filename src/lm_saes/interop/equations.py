@@ -4,9 +4,9 @@ Most libraries compute variants of
 
     z  = (s x - [b_dec]) W_enc + b_enc            the bracket: some subtract the decoder's bias from the input
     f  = act(z)                                   or act(z n) with n = ||W_dec row|| / s
-    x^ = (f W_dec + b_dec) / s                    or ((f / n) W_dec + b_dec) / s
+    x^ = (f W_dec + b_dec) / s [+ x W_skip]       or ((f / n) W_dec + b_dec) / s [+ x W_skip]
 
-and ours is h = x W_E + b_E, f = act(h), x^ = f W_D + b_D. Both are affine maps around the same activation function, so there are W_E, b_E, W_D
+and ours is h = x W_E + b_E, f = act(h), x^ = f W_D + b_D [+ x W_skip]. Both are affine maps around the same activation function, so there are W_E, b_E, W_D
 and b_D with which ours gives the same codes and the same reconstructions. They are computed in float64 and stored in the data type of the decoder, in float32 where
 that is narrower.
 """
@@ -51,6 +51,7 @@ class ForeignEquations:
     """Ours that the library's corresponds to."""
     threshold: Float[Tensor, "*F"] | None = None
     """In units of what `act` gets (z, or z n s); one number for BatchTopK, one for each latent for JumpReLU."""
+    W_skip: Float[Tensor, "D D"] | None = None
     top_k: int | None = None
     subtracts_b_dec: bool = False
     codes_include_decoder_norm: bool = False
@@ -78,7 +79,7 @@ class ForeignEquations:
             norm = torch.linalg.vector_norm(W_D, dim=1)
             W_E, b_E, W_D = W_E * norm, b_E * norm, W_D / torch.where(norm > 0, norm, 1.0)[:, None]
             threshold = None if threshold is None else threshold.double() / self.input_scale
-        tensors = {"W_E": W_E, "b_E": b_E, "W_D": W_D, "b_D": b_D}
+        tensors = {"W_E": W_E, "b_E": b_E, "W_D": W_D, "b_D": b_D, **({} if self.W_skip is None else {"W_skip": self.W_skip})}
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         if threshold is not None and self.act_fn == "jumprelu":
             tensors[LOG_THRESHOLD] = log_threshold(threshold, dtype)
@@ -92,6 +93,7 @@ class ForeignEquations:
             "norm_activation": "inference",
             "sparsity_include_decoder_norm": False,  # what the gate looked at is in the weights now
             **({} if self.top_k is None else {"top_k": self.top_k}),
+            **({} if self.W_skip is None else {"use_skip_connection": True}),
             **self.fields,
         }
         return Native(fields, tensors, dict(self.provenance))
@@ -105,6 +107,8 @@ class ForeignEquations:
                 f"{origin}: reads width {D} and writes width {self.W_dec.shape[1]}; a transcoder between different widths cannot be represented here"
             )
         wanted = {"b_enc": (self.b_enc, [F]), "W_dec": (self.W_dec, [F, D]), "b_dec": (self.b_dec, [D])}
+        if self.W_skip is not None:
+            wanted["W_skip"] = (self.W_skip, [D, D])
         if self.threshold is not None:
             wanted["threshold"] = (self.threshold, [F] if self.act_fn == "jumprelu" else [])
         faults = [f"{name} has shape {list(tensor.shape)}, wanted {shape}" for name, (tensor, shape) in wanted.items() if list(tensor.shape) != shape]

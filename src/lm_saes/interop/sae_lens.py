@@ -7,7 +7,8 @@ Their differences from ours, each folded into the weights (`equations.py`), so t
 - `threshold` of JumpReLU is theta itself, not its logarithm. A BatchTopK dictionary is saved as JumpReLU with one constant theta;
 - gated dictionaries become the JumpReLU dictionaries that they are;
 - `normalize_activations`: "constant_norm_rescale" is our token-wise; "expected_average_only_in" multiplies the input by a factor that is not in
-  the folder of a finished dictionary, but beside a checkpoint (`activation_scaler.json`) or in the caller's hand.
+  the folder of a finished dictionary, but beside a checkpoint (`activation_scaler.json`) or in the caller's hand;
+- `W_skip` is stored transposed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OLD_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_ind
 """Of versions before 6, which also had one flat table."""
 _ACT_FN = {
     "standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "jumprelu", "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk",
-    "transcoder": "relu", "jumprelu_transcoder": "jumprelu",
+    "transcoder": "relu", "jumprelu_transcoder": "jumprelu", "skip_transcoder": "relu", "jumprelu_skip_transcoder": "jumprelu",
 }  # fmt: skip
 _BASE = ("W_enc", "b_enc", "W_dec", "b_dec")
 _GATED = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
@@ -65,8 +66,7 @@ def convert(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], scaling_facto
     table = _flat(cfg)
     architecture = str(table.get("architecture", "standard"))
     if architecture not in _ACT_FN:
-        skip = "skip connections are" if "skip" in architecture else f"architecture '{architecture}' is"
-        raise WeightsError(f"{origin}: {skip} not read; those that are: {', '.join(_ACT_FN)}")
+        raise WeightsError(f"{origin}: architecture '{architecture}' is not read; those that are: {', '.join(_ACT_FN)}")
     transcoder = "transcoder" in architecture
     tensors = _without_unit_factor(tensors, origin)
     foreign = gated(*take(tensors, _GATED, origin).values()) if architecture == "gated" else _plain(architecture, table, tensors, origin)
@@ -112,13 +112,17 @@ def _for_sae_lens(dictionary: SparseAutoEncoder) -> tuple[dict[str, dict[str, An
     dtype, norm = dictionary.dtype, dictionary.decoder_norm().detach().double()
     b_D = torch.zeros(cfg.d_model, dtype=dtype, device=dictionary.device) if dictionary.b_D is None else dictionary.b_D
     tensors = {"W_enc": dictionary.W_E, "b_enc": dictionary.b_E, "W_dec": dictionary.W_D, "b_dec": b_D}
+    if dictionary.W_skip is not None:
+        tensors["W_skip"] = dictionary.W_skip.T
     threshold = _thresholds(dictionary)
     if threshold is not None:
         # Ours is compared with h ||W_D row|| where the gate includes the norm, theirs with h. A row of norm zero never fires.
         threshold = torch.where(norm > 0, threshold / norm, torch.inf) if cfg.sparsity_include_decoder_norm else threshold
         tensors["threshold"] = threshold.to(dtype)
     kind = {"relu": "standard", "topk": "topk"}.get(cfg.act_fn, "jumprelu")
-    architecture = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[kind] if transcoder else kind
+    architecture = kind
+    if transcoder:
+        architecture = ("jumprelu_" if kind == "jumprelu" else "") + ("skip_" if cfg.use_skip_connection else "") + "transcoder"
     model = dictionary.provenance.get("model")
     table = {
         "architecture": architecture,
@@ -185,7 +189,8 @@ def _plain(architecture: str, table: Mapping[str, Any], tensors: Mapping[str, Te
         raise WeightsError(f"{origin}: activation function '{activation}' is not read; wanted relu, or topk with its k")
     logarithm = act_fn == "jumprelu" and "log_threshold" in tensors  # checkpoints of training, in some versions
     extra = {"jumprelu": ("log_threshold" if logarithm else "threshold",), "batchtopk": ("topk_threshold",)}.get(act_fn, ())
-    found = take(tensors, (*_BASE, *extra), origin)
+    skip = ("W_skip",) if "skip" in architecture else ()
+    found = take(tensors, (*_BASE, *extra, *skip), origin)
     threshold = found[extra[0]] if extra else None
     k = table.get("k")
     if act_fn in {"topk", "batchtopk"} and (not isinstance(k, int | float) or k != int(k)):
@@ -194,6 +199,7 @@ def _plain(architecture: str, table: Mapping[str, Any], tensors: Mapping[str, Te
         *(found[name] for name in _BASE),
         act_fn=act_fn,
         threshold=threshold.double().exp() if threshold is not None and logarithm else threshold,
+        W_skip=found["W_skip"].T if skip else None,  # theirs is [out, in]
         top_k=int(k) if act_fn in {"topk", "batchtopk"} and k is not None else None,
     )
 
