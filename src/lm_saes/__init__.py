@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lm_saes.activations.text import load_dataset as load_dataset
     from lm_saes.activations.text import load_dataset_shard as load_dataset_shard
     from lm_saes.activations.writer import ActivationWriter as ActivationWriter
+    from lm_saes.analysis.matching import DictionaryMatch as DictionaryMatch
+    from lm_saes.analysis.matching import compare_dictionaries as compare_dictionaries
     from lm_saes.config import ActivationFactoryActivationsSource as ActivationFactoryActivationsSource
     from lm_saes.config import ActivationFactoryConfig as ActivationFactoryConfig
     from lm_saes.config import ActivationFactoryDatasetSource as ActivationFactoryDatasetSource
@@ -64,6 +66,7 @@ _PUBLIC_NAMES = {
     "lm_saes.activations.text": ["load_dataset", "load_dataset_shard"],
     "lm_saes.activations.writer": ["ActivationWriter"],
     "lm_saes.config": [
+    "lm_saes.analysis.matching": ["DictionaryMatch", "compare_dictionaries"],
         "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactoryTarget",
         "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig", "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig",
         "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "SweepSAESettings", "SweepingItem", "TensorBoardConfig",

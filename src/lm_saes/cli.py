@@ -171,6 +171,26 @@ def inspect(
     command.inspect(settings, names, tokens=tokens, as_json=json, spectrum=spectrum, **where)
 
 
+@app.command
+def compare(first: Path, second: Path, *, tokens: int | None = None, json: bool = False) -> None:
+    """Which latents two dictionaries of the same hook points share: matched by decoder direction, evaluated side by side.
+
+    Parameters
+    ----------
+    first
+        A run's folder, or that of a saved dictionary.
+    second
+        Another one.
+    tokens
+        Evaluate both on so many tokens of the same held-out text, that of the first folder which is a run's.
+    json
+        Print the whole record as JSON instead.
+    """
+    from lm_saes.compare import compare
+
+    compare(first, second, tokens=tokens, as_json=json)
+
+
 @show.default
 def show_run(run: Path, *, n: int = 6) -> None:
     """A run's summary and a few of its features; a sweep's runs side by side.

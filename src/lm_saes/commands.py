@@ -25,6 +25,7 @@ from lm_saes.config.sweep import SWEEP_FILE
 from lm_saes.errors import ConfigError, NonFiniteError
 from lm_saes.estimate import estimate, size
 from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
+from lm_saes.inspection.command import advice_for
 from lm_saes.records import check_finished, check_same, settings_of_run
 from lm_saes.runners import evaluate_dictionary, evaluate_sae, load_run, train_sae
 from lm_saes.sweep import settings_of_sweep, sweep_sae
@@ -186,8 +187,12 @@ def dry_run(settings: TrainSAESettings) -> None:
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))
     with terminal.status("measuring for twenty seconds"):
         result = estimate(settings)
+        advice = advice_for(settings) if result.fits else None
     terminal.print()
     terminal.print(display.rows_table(result.rows()))
+    if advice is not None:
+        terminal.print()
+        terminal.print(advice)
     terminal.print(Text(f"\n{result.verdict()}", style="bold green" if result.fits else "bold red"), soft_wrap=True)
 
 

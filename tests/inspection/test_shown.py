@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 
 from lm_saes import cli
+from lm_saes.config import TrainSAESettings, load_settings
 from lm_saes.errors import ConfigError
 from lm_saes.inspection import figure
+from lm_saes.inspection.command import advice_for
 from lm_saes.inspection.inspect import inspect_batches
 from lm_saes.inspection.report import ActivationReport
 from lm_saes.inspection.table import abbreviated, render
@@ -146,3 +148,12 @@ def test_misuse_is_one_line(place: Path, words: list[str], message: str, monkeyp
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_dry_run_shows_the_advice_where_there_is_text_to_read(place: Path) -> None:
+    settings = load_settings(TrainSAESettings, place / "settings.json", {})
+    text = printed(advice_for(settings))
+    assert "settings for blocks.1.hook_resid_post" in text
+    assert "[initializer]" in text
+    cached = {"activation_factory": {**settings.activation_factory.as_dict(), "sources": [{"type": "activations", "name": "c", "path": str(place)}]}}
+    assert advice_for(settings.replace(model=None, **cached)) is None

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+
 from lm_saes import display
-from lm_saes.config import TrainSAESettings
+from lm_saes.config import ActivationFactoryDatasetSource, TrainSAESettings
 from lm_saes.errors import ConfigError
 from lm_saes.inspection.figure import require_matplotlib, save_spectrum
 from lm_saes.inspection.inspect import TOKENS, inspect_activations, inspect_settings
-from lm_saes.inspection.report import ActivationReport
 from lm_saes.inspection.table import render, render_advice
 
 DRY_RUN_TOKENS = 8192
@@ -53,10 +54,9 @@ def inspect(
         terminal.print(f"spectrum: {spectrum}", soft_wrap=True)
 
 
-def advice_for(settings: TrainSAESettings) -> Any:
-    """What a dry run shows: the advice for the hook points of a run, from the start of its stream. Something that a terminal can print."""
-    return render_advice(list(_first_look(settings).hook_points.values()))
-
-
-def _first_look(settings: TrainSAESettings) -> ActivationReport:
-    return inspect_settings(settings, tokens=DRY_RUN_TOKENS)
+def advice_for(settings: TrainSAESettings) -> RenderableType | None:
+    """What a dry run shows: the advice for the hook points of a run, from the start of its text; None where it reads no text."""
+    sources = settings.activation_factory.sources
+    if settings.model is None or not all(isinstance(source, ActivationFactoryDatasetSource) for source in sources):
+        return None
+    return render_advice(list(inspect_settings(settings, tokens=DRY_RUN_TOKENS).hook_points.values()))
