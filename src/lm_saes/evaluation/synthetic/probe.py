@@ -28,7 +28,7 @@ class LogisticProbe:
         self.weight: Float[Tensor, "D n"] = torch.zeros(d_model, n, device=device)
         self.bias: Float[Tensor, " n"] = torch.zeros(n, device=device)
 
-    def fit(self, batches: Batches, n_batches: int, lr: float = 0.003) -> LogisticProbe:
+    def fit(self, batches: Batches, n_batches: int, lr: float = 0.03) -> LogisticProbe:
         """Minimise the summed cross-entropies by one step of Adam per batch, the learning rate falling linearly to zero."""
         n = len(self.bias)
         parameters = [self.weight.requires_grad_(), self.bias.requires_grad_()]

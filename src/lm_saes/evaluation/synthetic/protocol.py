@@ -34,10 +34,11 @@ EVALUATION_SEED, PROBE_SEED = 1_000_000, 1_000_001
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the table: fields of `SAEConfig` and of `TrainerConfig`, apart from what all kinds share."""
+    """One row of the table: fields of `SAEConfig`, `TrainerConfig` and `InitializerConfig`, apart from what all kinds share."""
 
     sae: dict[str, Any]
     trainer: dict[str, Any] = field(default_factory=dict)
+    initializer: dict[str, Any] = field(default_factory=dict)
     nested: tuple[int, ...] = ()
     """Matryoshka's prefixes, as d_sae over their widths."""
 
@@ -49,11 +50,11 @@ KINDS = {
     "batchtopk": Kind({"act_fn": "batchtopk"}, _AUXK),
     "matryoshka": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2)),
     "topk": Kind({"act_fn": "topk"}, _AUXK),
-    "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH),
+    "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH, {"init_log_jumprelu_threshold_value": 0.0}),
     "relu": Kind({"act_fn": "relu"}, _L1),
 }
 """What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
-ratio 1/32, 1/8, 1/2, 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay."""
+ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay."""
 
 RECIPE = InitializerConfig(bias_init_method="geometric_median", grid_search_init_norm=True, init_encoder_bias_with_mean_hidden_pre=True)
 """How every dictionary starts."""
@@ -131,7 +132,7 @@ class SyntheticBenchmark:
     def _trained(self, kind: Kind, seed: int, folder: Path, loggers: Sequence[Logger]) -> SparseAutoEncoder:
         stream = SyntheticStream(self.model, self.cfg.batch_size, seed)
         # A run that goes on takes its weights from the checkpoint; the scale of the activations is measured again, on the same samples.
-        sae = Initializer(RECIPE).initialize_sae_from_config(self.sae_config(kind), stream, seed=seed)
+        sae = Initializer(RECIPE.replace(**kind.initializer)).initialize_sae_from_config(self.sae_config(kind), stream, seed=seed)
         Trainer(self.trainer_config(kind, seed, folder), loggers=loggers, resume=True).fit(sae, stream)
         return sae
 
