@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -33,3 +38,35 @@ def test_an_absent_device_is_an_error_when_a_dictionary_is_built_and_not_before(
 def test_nonsense():
     with pytest.raises(DeviceError, match="wanted a device, got 'gpu'; there are cpu"):
         resolve_device("gpu")
+
+
+STEPS = """
+import resource, sys, torch
+from lm_saes.devices import reuse_freed_memory
+if sys.argv[1] == "reuse":
+    reuse_freed_memory()
+def step():
+    return torch.ones(20_000_000).sum()  # 80 MB
+for _ in range(8):  # the heap takes a few steps to settle
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF)
+for _ in range(10):
+    step()
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_minflt - before.ru_minflt, after.ru_maxrss - before.ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_is_used_again():
+    """Large tensors cause no page faults after the first, and the process does not grow; an environment that sets malloc up is obeyed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+
+    def faults(how, **more):
+        run = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True, env={**environment, **more})
+        return [int(number) for number in run.stdout.split()]
+
+    (plain, _), (reused, grown), (obeyed, _) = faults("plain"), faults("reuse"), faults("reuse", MALLOC_MMAP_MAX_="65536")
+    assert reused < 0.1 * plain
+    assert grown < 20_000  # KB
+    assert obeyed > 0.5 * plain

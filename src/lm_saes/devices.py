@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+
 import torch
 from torch import Tensor
 
 from lm_saes.errors import DeviceError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -45,3 +51,18 @@ def no_narrower_than(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tenso
     """`after` on its device, but cast from `before` where a module-wide cast has narrowed it below `dtype`."""
     wanted = torch.promote_types(after.dtype, dtype)
     return after if after.dtype == wanted else before.to(after.device, wanted)
+
+
+def reuse_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for the rest of its life: the large tensors of a training step are then made in
+    pages that are there already.
+
+    glibc's malloc maps each tensor beyond 32 MiB afresh and gives it back at once, and the kernel clears its pages again at every
+    step: 40 % of the step at D 768, F 24576 on a CPU. Does nothing with another C library, or where the environment sets malloc's options.
+    """
+    own = [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]
+    if own or platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

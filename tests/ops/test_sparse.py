@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from lm_saes import ops
 from lm_saes.errors import ConfigError
-from lm_saes.ops import Encoder, SparseCodes, native, reference, torch_kernels
+from lm_saes.ops import Encoder, SparseCodes, native, reference, screened, torch_kernels
 from lm_saes.ops import sparse as sparse_module
+from lm_saes.ops.screened import ScreenedOps
 from lm_saes.ops.sparse import SparseOps
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -16,9 +17,11 @@ DOUBLE = {"rtol": 1e-12, "atol": 1e-12}
 SELECTIONS = ["topk", "batchtopk", "relu", "threshold", "jumprelu"]
 sparse = SparseOps((torch_kernels,), largest_density=1.0)  # never dense
 in_cpp = SparseOps((native, torch_kernels), largest_density=1.0)
+by_screening = ScreenedOps((native, torch_kernels), largest_density=1.0)
 
 
 needs_cpp = pytest.mark.skipif(not native.available(), reason=native.describe())
+with_cpp = [pytest.param(in_cpp, marks=needs_cpp), pytest.param(by_screening, marks=needs_cpp)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,6 +30,7 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_module, "ROWS_AT_ONCE", 4)
         patch.setattr(sparse_module, "SAMPLED_ROWS", 3)
+        patch.setattr(screened, "FEWEST_ROWS", 1)
         yield
 
 
@@ -107,24 +111,24 @@ def test_codes_and_gradients_agree(select, fused, data):
 @pytest.mark.parametrize("fused", [False, True, "both"])
 @pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("run", [sparse, pytest.param(in_cpp, marks=needs_cpp)], ids=["torch", "native"])
+@pytest.mark.parametrize("run", [sparse, *with_cpp], ids=["torch", "native", "screened"])
 def test_float32_agrees(select, glu, fused, run):
     mask = torch.arange(70) % 5 != 0
     check_agreement(select, *problem(70, 32, 128, glu, True, 0, torch.float32), 8, mask, fused, run, rtol=1e-5, atol=1e-5)
 
 
-@needs_cpp
+@pytest.mark.parametrize("run", with_cpp, ids=["native", "screened"])
 @pytest.mark.parametrize("fused", [False, True, "both"])
 @pytest.mark.parametrize("select", SELECTIONS)
 @quick
 @given(st.data())
-def test_native_codes_and_gradients_agree(select, fused, data):
+def test_native_codes_and_gradients_agree(run, select, fused, data):
     """Any shape, down to nothing."""
     N, D, F = data.draw(st.integers(0, 11)), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
     k, norm, seed = data.draw(st.integers(0, min(F + 1, 12))), data.draw(st.booleans()), data.draw(st.integers(0, 1000))
     mask = data.draw(st.none() | st.lists(st.booleans(), min_size=N, max_size=N).map(lambda kept: torch.tensor(kept, dtype=torch.bool)))
     parts = problem(N, D, F, False, norm, seed, torch.float32)
-    check_agreement(select, *parts, k, mask, fused, in_cpp, rtol=1e-4, atol=1e-4)
+    check_agreement(select, *parts, k, mask, fused, run, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("select", ["relu", "threshold", "jumprelu"])
@@ -153,13 +157,13 @@ def test_batch_topk_finds_its_candidates_by_the_guess(monkeypatch):
     """Even rows need one look, and few candidates."""
     monkeypatch.setattr(sparse_module, "ROWS_AT_ONCE", 64)
     monkeypatch.setattr(sparse_module, "SAMPLED_ROWS", 128)
-    looks, entries_above = [], SparseOps._entries_above
+    looks, entries_above = [], SparseOps.entries_above
 
     def counting(*arguments):
         looks.append(entries_above(*arguments))
         return looks[-1]
 
-    monkeypatch.setattr(SparseOps, "_entries_above", counting)
+    monkeypatch.setattr(SparseOps, "entries_above", counting)
     x, _, encoder = problem(400, 8, 200, False, False, 4)
     sparse.batch_topk_codes(x, encoder, 10)
     assert len(looks) == 1
@@ -301,7 +305,7 @@ def test_choosing(monkeypatch):
     ops.topk_codes(x.to("meta"), encoder, 2)
     assert ran[-1] == "reference"
     monkeypatch.setenv("LM_SAES_OPS", "fastest")
-    with pytest.raises(ConfigError, match="LM_SAES_OPS must be one of auto, reference, sparse, native, got 'fastest'"):
+    with pytest.raises(ConfigError, match="LM_SAES_OPS must be one of auto, reference, sparse, native, screened, got 'fastest'"):
         ops.decode(torch.zeros(1, 5), W_D)
 
 

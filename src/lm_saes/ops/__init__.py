@@ -20,6 +20,7 @@ from torch import Tensor
 from lm_saes.errors import ConfigError
 from lm_saes.ops import native, reference, torch_kernels
 from lm_saes.ops.reference import Encoder
+from lm_saes.ops.screened import ScreenedOps
 from lm_saes.ops.sparse import SparseOps
 from lm_saes.ops.sparse_codes import (
     Codes,
@@ -40,6 +41,7 @@ _IMPLEMENTATIONS = {
     "reference": reference,
     "sparse": SparseOps((torch_kernels,), largest_density=0.1),
     "native": SparseOps((native, torch_kernels), largest_density=0.2),
+    "screened": ScreenedOps((native, torch_kernels), largest_density=0.2),
 }
 
 
@@ -54,8 +56,8 @@ def _chosen(device: str) -> str:
         return ("native" if native.available() else "sparse") if device == "cpu" else "reference"
     if name not in _IMPLEMENTATIONS:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(('auto', *_IMPLEMENTATIONS))}, got '{name}'")
-    if name == "native" and not native.available():
-        raise ConfigError(f"{ENVIRONMENT_VARIABLE}=native: {native.describe()}; unset it to run in plain torch")
+    if name in ("native", "screened") and not native.available():
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE}={name}: {native.describe()}; unset it to run in plain torch")
     return name
 
 
@@ -66,6 +68,7 @@ def explain() -> str:
         "reference": "reference, the definition in plain torch",
         "sparse": "sparse, without dense codes, in torch",
         "native": f"native, without dense codes: {native.describe()}",
+        "screened": f"screened, without dense codes, selection from a bfloat16 product with certain bounds: {native.describe()}",
     }[chosen]
     if asked != "auto":
         return f"ops: {how} ({ENVIRONMENT_VARIABLE}={asked})"

@@ -52,14 +52,11 @@ class SparseOps:
     def topk_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> SparseCodes:
         n_rows, n_latents = x.shape[0], encoder.W.shape[1]
         k = min(k, n_latents)
-        pieces = []
         with torch.no_grad():
-            for block in _blocks(x, encoder):
-                values, indices = self.on(block.h, block.gate_norm).topk(block.h, block.gate_norm, k)
-                pieces.append([values, indices, *(factor.gather(1, indices) for factor in block.factors)])
-            values, indices, *factors = (torch.cat(piece).flatten() for piece in zip(*pieces, strict=True))
+            values, indices, factors = self.topk_entries(x, encoder, k)
             offsets = torch.arange(n_rows + 1, device=x.device) * k
-        return self._differentiable(x, encoder, SparseCodes(values, indices, offsets, n_latents), factors)
+        codes = SparseCodes(values.flatten(), indices.flatten(), offsets, n_latents)
+        return self._differentiable(x, encoder, codes, [factor.flatten() for factor in factors])
 
     def batch_topk_codes(self, x: Float[Tensor, "N D"], encoder: Encoder, k: int, mask: Bool[Tensor, " N"] | None = None) -> SparseCodes:
         n_latents = encoder.W.shape[1]
@@ -108,24 +105,33 @@ class SparseOps:
 
     # ---------------------------------------------------------------------------------------------------- entries
 
-    def _candidates(self, x: Tensor, encoder: Encoder, needed: int) -> _Found:
+    def topk_entries(self, x: Float[Tensor, "N D"], encoder: Encoder, k: int) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"], list[Tensor]]:
+        """The k entries of largest relu(q) of each row: h (0 where q is not positive), latent, and the factors of h."""
+        pieces = []
+        for block in _blocks(x, encoder):
+            values, indices = self.on(block.h, block.gate_norm).topk(block.h, block.gate_norm, k)
+            pieces.append([values, indices, *(factor.gather(1, indices) for factor in block.factors)])
+        values, indices, *factors = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        return values, indices, factors
+
+    def _candidates(self, x: Tensor, encoder: Encoder, needed: int) -> Found:
         """All entries that could be among the `needed` ones of largest q > 0, and some more."""
         for share in CANDIDATES:
             floor = _guess_floor(x, encoder, share * needed / max(len(x), 1))
-            found = self._entries_above(x, encoder, floor)
+            found = self.entries_above(x, encoder, floor)
             if found.q.numel() >= needed or not floor > 0:
                 return found
-        return self._entries_above(x, encoder, 0.0)
+        return self.entries_above(x, encoder, 0.0)
 
-    def _entries_if_few(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> _Found | None:
+    def _entries_if_few(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> Found | None:
         if isinstance(floor, Tensor) and floor.dim() == 0 and x.device.type == "cpu":
             floor = float(floor)
-        sample = self._entries_above(_sampled(x), encoder, floor)
+        sample = self.entries_above(_sampled(x), encoder, floor)
         if sample.q.numel() > self.largest_density * sample.counts.numel() * encoder.W.shape[1]:
             return None
-        return self._entries_above(x, encoder, floor)
+        return self.entries_above(x, encoder, floor)
 
-    def _entries_above(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> _Found:
+    def entries_above(self, x: Tensor, encoder: Encoder, floor: Tensor | float) -> Found:
         """All entries with q > floor and h > 0."""
         pieces = []
         for block in _blocks(x, encoder):
@@ -134,7 +140,7 @@ class SparseOps:
             rows = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(indices)) if block.factors else None
             pieces.append([counts, indices, h, q, *(factor[rows, indices] for factor in block.factors)])
         counts, indices, h, q, *factors = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-        return _Found(counts, indices, h, q, factors)
+        return Found(counts, indices, h, q, factors)
 
     # -------------------------------------------------------------------------------------------------- gradients
 
@@ -151,7 +157,7 @@ class SparseOps:
         return codes.with_values(_Selected.apply(self, codes.pattern, codes.values, *parts, *factors))  # pyright: ignore[reportArgumentType]
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Entries of some rows, by row, then latent."""
 
     counts: Tensor
@@ -162,11 +168,11 @@ class _Found(NamedTuple):
     factors: list[Tensor]
     """For a gated linear unit what h is the product of."""
 
-    def at(self, chosen: Tensor) -> _Found:
+    def at(self, chosen: Tensor) -> Found:
         """Some of the entries, by their places in ascending order."""
         ends = torch.searchsorted(chosen, self.counts.cumsum(0))
         counts = ends.diff(prepend=ends.new_zeros(1))
-        return _Found(counts, self.indices[chosen], self.h[chosen], self.q[chosen], [factor[chosen] for factor in self.factors])
+        return Found(counts, self.indices[chosen], self.h[chosen], self.q[chosen], [factor[chosen] for factor in self.factors])
 
 
 class _Block(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.config import TrainerConfig
-from lm_saes.devices import widest_float
+from lm_saes.devices import reuse_freed_memory, widest_float
 from lm_saes.errors import DataError, NonFiniteError
 from lm_saes.losses import LossInputs, LossWeights, label_variance, total_loss
 from lm_saes.models.sparse_dictionary import SparseDictionary
@@ -72,6 +72,8 @@ class TrainingStep:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in sae.named_parameters()}
         self.parameters = list(sae.parameters())
         self.device = self.parameters[0].device
+        if self.device.type == "cpu":
+            reuse_freed_memory()
         self.optimizer = make_optimizer(cfg, sae.get_parameters())
         self.dead_latents = DeadLatents(sae.cfg.d_sae, cfg.dead_threshold, self.device)
         self.density = FiringDensity(sae.cfg.d_sae, cfg.feature_sampling_window, self.device)
