@@ -85,7 +85,7 @@ class SparseOps:
             return reference.jumprelu_codes(x, encoder, threshold, window)
         candidates = SparseCodes(found.h, found.indices, _offsets(found.counts), encoder.W.shape[1])
         candidates = self._differentiable(x, encoder, candidates, found.factors)
-        return candidates.with_values(reference.jumprelu(candidates.values, found.q, threshold[found.indices], window))
+        return candidates.with_values(reference.jumprelu(candidates.values, found.q, threshold.index_select(0, found.indices), window))
 
     def decode(self, codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
         if not isinstance(codes, SparseCodes):

@@ -136,7 +136,7 @@ def map_codes(codes: Codes, function: Callable[[Tensor], Tensor]) -> Codes:
 def scale_latents(codes: Codes, scale: Float[Tensor, " F"]) -> Codes:
     """Each latent times its own factor, in the same form, in at least float32."""
     if isinstance(codes, SparseCodes):
-        return codes.with_values(at_least_float32(codes.values) * scale[codes.indices])
+        return codes.with_values(at_least_float32(codes.values) * scale.index_select(0, codes.indices))
     return at_least_float32(codes) * scale
 
 
