@@ -31,6 +31,7 @@ PINNED = [
     "JumpReLU",
     "LanguageModel",
     "LanguageModelConfig",
+    "MatryoshkaConfig",
     "PretrainedSAE",
     "SAEConfig",
     "SparseAutoEncoder",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lm_saes.config import EvaluateSAESettings as EvaluateSAESettings
     from lm_saes.config import InitializerConfig as InitializerConfig
     from lm_saes.config import LanguageModelConfig as LanguageModelConfig
+    from lm_saes.config import MatryoshkaConfig as MatryoshkaConfig
     from lm_saes.config import PretrainedSAE as PretrainedSAE
     from lm_saes.config import SAEConfig as SAEConfig
     from lm_saes.config import SparseDictionaryConfig as SparseDictionaryConfig
@@ -69,7 +70,7 @@ _PUBLIC_NAMES = {
     "lm_saes.analysis.matching": ["DictionaryMatch", "compare_dictionaries"],
         "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactoryTarget",
         "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig", "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig",
-        "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "SweepSAESettings", "SweepingItem", "TensorBoardConfig",
+        "MatryoshkaConfig", "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "SweepSAESettings", "SweepingItem", "TensorBoardConfig",
         "TrackioConfig", "TrainSAESettings", "TrainerConfig", "WandbConfig",
     ],
     "lm_saes.config.generation": ["ActivationWriterConfig", "GenerateActivationsSettings"],
