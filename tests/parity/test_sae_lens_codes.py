@@ -88,7 +88,7 @@ def test_what_we_write_computes_the_same_in_sae_lens(case, tmp_path):
 def test_exporting_leaves_the_dictionary_alone(tmp_path):
     dictionary = recipes.ours("jumprelu_including_norm")
     before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
-    to_saelens(dictionary, tmp_path)
+    dictionary.to_saelens(tmp_path)
     assert dictionary.cfg.norm_activation == "dataset-wise"
     assert all(torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items())
 
@@ -112,7 +112,7 @@ def test_objects_are_taken_too():
     folder = GOLDEN / "read" / "topk_rescaled"
     cfg, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     sae = SimpleNamespace(cfg=SimpleNamespace(to_dict=lambda: cfg), state_dict=lambda: tensors)
-    check_outputs(from_saelens(sae), load_file(folder / "outputs.safetensors"))
+    check_outputs(SparseAutoEncoder.from_saelens(sae), load_file(folder / "outputs.safetensors"))
 
 
 @pytest.mark.parametrize(

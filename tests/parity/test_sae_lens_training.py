@@ -22,8 +22,8 @@ from tests.parity import recipes
 from tests.parity.recipes import BANDWIDTH, BATCH, GOLDEN, L1, L1_WARM_UP, LR, LR_WARM_UP, PREFIXES, STEPS, TANH, TRAIN_D, TRAIN_F, TRAIN_K, D, F, K
 
 HOOK = "a"
-TOLERANCES = {"float64": 1e-6, "float32": 1e-3}
-"""Largest relative difference of the loss at any of the 300 steps."""
+TOLERANCES = {"float64": 1e-7, "float32": 1e-3}
+"""Largest relative difference of a loss term at any of the 300 steps. Measured: 8e-9 and 1.3e-4."""
 OUR_NAMES = {"loss": "losses/overall_loss", "mse_loss": "losses/mse_loss", "l1_loss": "losses/sparsity_loss"}
 
 

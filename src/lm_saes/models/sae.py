@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -120,6 +121,21 @@ class SparseAutoEncoder(SparseDictionary):
         if x.shape[-1] != self.cfg.d_model:
             raise ConfigError(f"hook point '{hook_point}' has width {x.shape[-1]}, d_model is {self.cfg.d_model}; set d_model to the hook's width")
         return x.to(self.dtype)
+
+    # ------------------------------------------------------------------------------------------- sae-lens, by upstream's names
+
+    @classmethod
+    def from_saelens(cls, source: Any, **options: Any) -> SparseAutoEncoder:
+        """`lm_saes.interop.from_saelens`: a folder that sae-lens wrote, or one of its objects, as a dictionary with the same codes."""
+        from lm_saes import interop
+
+        return interop.from_saelens(source, **options)
+
+    def to_saelens(self, folder: str | Path) -> None:
+        """`lm_saes.interop.to_saelens`: write a folder that sae-lens loads."""
+        from lm_saes import interop
+
+        interop.to_saelens(self, folder)
 
     # ------------------------------------------------------------------------------------------- exact rewritings
 
