@@ -21,7 +21,7 @@ from lm_saes.ops.native.kernels import (
     topk,
 )
 from lm_saes.ops.native.library import ENVIRONMENT_VARIABLE, Unavailable
-from lm_saes.ops.native.screening import ScreenedEncoder
+from lm_saes.ops.native.screening import ScreenedEncoder, worthwhile
 
 
 def available() -> bool:
@@ -42,7 +42,12 @@ def describe() -> str:
     return f"native kernels for {library.instruction_set()}, on {library.threads()}"
 
 
+def screening_pays() -> bool:
+    """Whether bfloat16 products are faster than float32 ones on this processor; by its features, hence the same in every run."""
+    return worthwhile()
+
+
 __all__ = [
     "ENVIRONMENT_VARIABLE", "ScreenedEncoder", "above", "applies", "available", "by_latent", "describe", "entry_dots", "gather_sum",
-    "latent_sums", "reconstruct", "topk",
+    "latent_sums", "reconstruct", "screening_pays", "topk",
 ]  # fmt: skip

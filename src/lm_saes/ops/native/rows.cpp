@@ -4,8 +4,6 @@
 // The matrix does not fit into the caches next to a core, so all that counts is to ask early for the rows that come, and to use
 // them for everything while they are there.
 
-#include <cstdlib>
-
 #include "gather.h"
 #include "threads.h"
 

@@ -174,7 +174,8 @@ void lm_saes_screen_weights(
 }
 
 // Of y = x - m, for x [n, D] and m [D]: y rounded to bfloat16, and for each row |y| and |y - y~|.
-void lm_saes_screen_rows(const float* x, const float* centre, int64_t n_rows, int64_t width, uint16_t* rounded, float* norms, float* errors, int threads) {
+void lm_saes_screen_rows(
+    const float* x, const float* centre, int64_t n_rows, int64_t width, uint16_t* rounded, float* norms, float* errors, int threads) {
     for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             const float* const row = x + i * width;
@@ -198,8 +199,8 @@ void lm_saes_screen_rows(const float* x, const float* centre, int64_t n_rows, in
 // The k largest of each row as `lm_saes_topk` gives them, and how many products in float32 each row took; -1: the row is left undone.
 void lm_saes_screened_topk(
     const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
-    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most,
-    float* values, int64_t* indices, int64_t* products, int threads) {
+    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, int64_t n_rows, int64_t width,
+    int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices, int64_t* products, int threads) {
     const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(n_latents);
@@ -213,7 +214,8 @@ void lm_saes_screened_topk(
 // How many entries of each row may be above the floor.
 void lm_saes_screened_count(
     const float* row_norms, const float* row_errors, const uint16_t* product, const float* norms, const float* errors, const float* bias,
-    const float* centred, const float* gate_norm, float centre, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, int64_t* counts, int threads) {
+    const float* centred, const float* gate_norm, float centre, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents,
+    int64_t* counts, int threads) {
     const Screen screen{nullptr, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
@@ -228,7 +230,8 @@ void lm_saes_screened_count(
 void lm_saes_screened_above(
     const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
     const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, const float* floors, float floor,
-    int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices, float* values, float* gates, int threads) {
+    int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices,
+    float* values, float* gates, int threads) {
     const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(n_latents);

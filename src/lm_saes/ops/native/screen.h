@@ -54,7 +54,8 @@ public:
     }
     template <int SIGN>
     float h(int64_t j) const {
-        return combine<SIGN>(float_of(static_cast<int32_t>(static_cast<uint32_t>(products[j]) << 16)), screen.centred[j], screen.norms[j], screen.errors[j]);
+        const float s = float_of(static_cast<int32_t>(static_cast<uint32_t>(products[j]) << 16));
+        return combine<SIGN>(s, screen.centred[j], screen.norms[j], screen.errors[j]);
     }
 
     // The gate value of a pre-activation; larger for a larger one.

@@ -4,6 +4,8 @@ Some processors multiply bfloat16 matrices in less than half the time. The round
 bounds each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. The candidates,
 few more than are selected, are computed in float32, and those values decide. So the selection and the values are those of a float32
 product, up to the rounding of a float32 product; nothing is left to chance. Rows with too many candidates get a float32 product.
+
+What is taken for granted: that torch adds up a bfloat16 product in float32, as oneDNN and torch's own loops do.
 """
 
 from __future__ import annotations
@@ -73,84 +75,34 @@ class ScreenedEncoder:
         gate_norm: [F], what h is multiplied with for the gate value, at least 0; or None.
     """
 
-    def __init__(
-        self,
-        W: Float[Tensor, "D F"],
-        b: Float[Tensor, " F"],
-        gate_norm: Float[Tensor, " F"] | None = None,
-    ) -> None:
+    def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
         width, n_latents = W.shape
-        self._transposed, self._rounded = (
-            torch.empty(n_latents, width),
-            torch.empty(width, n_latents, dtype=torch.bfloat16),
-        )
+        self._transposed, self._rounded = (torch.empty(n_latents, width), torch.empty(width, n_latents, dtype=torch.bfloat16))
         self._norms, self._errors = torch.empty(n_latents), torch.empty(n_latents)
         self._most = min(n_latents, max(n_latents // CANDIDATES, 64))
         self.update(W, b, gate_norm)
 
-    def update(
-        self,
-        W: Float[Tensor, "D F"],
-        b: Float[Tensor, " F"],
-        gate_norm: Float[Tensor, " F"] | None = None,
-    ) -> None:
+    def update(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
         """The same for other weights of the same shape."""
         n_latents, width = self._transposed.shape
-        check(
-            W=(W, (width, n_latents)),
-            b=(b, (n_latents,)),
-            gate_norm=(gate_norm, (n_latents,)),
-        )
-        self.W, self.b, self.gate_norm = (
-            W.detach(),
-            b.detach(),
-            None if gate_norm is None else gate_norm.detach(),
-        )
-        run(
-            "screen_weights",
-            self.W,
-            width,
-            n_latents,
-            self._transposed,
-            self._rounded,
-            self._norms,
-            self._errors,
-        )
+        check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
+        self.W, self.b, self.gate_norm = (W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach())
+        run("screen_weights", self.W, width, n_latents, self._transposed, self._rounded, self._norms, self._errors)
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
         n_rows, width, n_latents = len(x), *self.W.shape
         if not 0 <= k <= n_latents:
             raise ValueError(f"k must be between 0 and the number of latents, {n_latents}, got {k}")
-        values, indices = (
-            x.new_empty(n_rows, k),
-            x.new_empty(n_rows, k, dtype=torch.int64),
-        )
+        values, indices = (x.new_empty(n_rows, k), x.new_empty(n_rows, k, dtype=torch.int64))
         products = torch.zeros(n_rows, dtype=torch.int64)
         if not values.numel():
             return Selection(values, indices, products)
         centre = self._centre(x)
         most = min(n_latents, max(self._most, 2 * k))
         for rows, bounds, product in self._blocks(x, centre):
-            arguments = (
-                *bounds,
-                product,
-                self._transposed,
-                *self._bounds(centre),
-                len(product),
-                width,
-                n_latents,
-                k,
-                most,
-            )
-            run(
-                "screened_topk",
-                x[rows],
-                *arguments,
-                values[rows],
-                indices[rows],
-                products[rows],
-            )
+            arguments = (*bounds, product, self._transposed, *self._bounds(centre), len(product), width, n_latents, k, most)
+            run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
         left = (products < 0).nonzero().flatten()
         if len(left):
             values[left], indices[left] = topk(torch.addmm(self.b, x[left], self.W), self.gate_norm, k)
@@ -165,60 +117,20 @@ class ScreenedEncoder:
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
-    def _above(
-        self,
-        x: Tensor,
-        rows: Arguments,
-        latents: Arguments,
-        floors: Tensor | None,
-        least: float,
-    ) -> tuple[Tensor, ...]:
+    def _above(self, x: Tensor, rows: Arguments, latents: Arguments, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
         n_rows, (width, n_latents) = len(x), self.W.shape
         possible = x.new_empty(n_rows, dtype=torch.int64)
-        run(
-            "screened_count",
-            *rows,
-            *latents,
-            floors,
-            least,
-            n_rows,
-            width,
-            n_latents,
-            possible,
-        )
+        run("screened_count", *rows, *latents, floors, least, n_rows, width, n_latents, possible)
         left = possible > self._most
         room, where, exact = possible, left.nonzero().flatten(), None
         if len(where):
-            exact = above(
-                torch.addmm(self.b, x[where], self.W),
-                self.gate_norm,
-                least if floors is None else floors,
-            )
+            exact = above(torch.addmm(self.b, x[where], self.W), self.gate_norm, least if floors is None else floors)
             room = possible.index_put((where,), exact[0])
         ends = room.cumsum(0)
         offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
-        entries = (
-            x.new_empty(n_entries, dtype=torch.int64),
-            x.new_empty(n_entries),
-            x.new_empty(n_entries),
-        )
+        entries = (x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries))
         counts = room.clone()
-        run(
-            "screened_above",
-            x,
-            *rows,
-            self._transposed,
-            *latents,
-            floors,
-            least,
-            n_rows,
-            width,
-            n_latents,
-            left,
-            offsets,
-            counts,
-            *entries,
-        )
+        run("screened_above", x, *rows, self._transposed, *latents, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
         if exact is not None:
             shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
             at = torch.arange(len(exact[1])) + shift.repeat_interleave(exact[0])
@@ -226,11 +138,7 @@ class ScreenedEncoder:
                 entry[at] = piece
         run("close_gaps", offsets, counts, n_rows, *entries)
         n_entries = int(counts.sum())
-        return (
-            counts,
-            possible.masked_fill(left, -1),
-            *(entry[:n_entries] for entry in entries),
-        )
+        return (counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries))
 
     def _centre(self, x: Float[Tensor, "N D"]) -> _Centre:
         check(x=(x, (len(x), len(self.W))))
@@ -241,30 +149,16 @@ class ScreenedEncoder:
         return _Centre(mean, norm, torch.mv(self.W.t(), mean) + self.b)
 
     def _bounds(self, centre: _Centre) -> Arguments:
-        return (
-            self._norms,
-            self._errors,
-            self.b,
-            centre.product,
-            self.gate_norm,
-            centre.norm,
-        )
+        return (self._norms, self._errors, self.b, centre.product, self.gate_norm, centre.norm)
 
     def _blocks(self, x: Float[Tensor, "N D"], centre: _Centre) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
         """Rows, the norms of x - m and of its rounding errors there, and the bfloat16 product: a buffer that holds until the next block."""
         n_rows, (width, n_latents) = len(x), self.W.shape
         shape = min(n_rows, ROWS_AT_ONCE), n_latents
-        rounded, buffer = (
-            torch.empty(shape[0], width, dtype=torch.bfloat16),
-            torch.empty(shape, dtype=torch.bfloat16),
-        )
+        rounded, buffer = (torch.empty(shape[0], width, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16))
         norms, errors = torch.empty(shape[0]), torch.empty(shape[0])
         for start in range(0, max(n_rows, 1), ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
             n = rows.stop - rows.start
             run("screen_rows", x[rows], centre.mean, n, width, rounded, norms, errors)
-            yield (
-                rows,
-                (norms, errors),
-                torch.mm(rounded[:n], self._rounded, out=buffer[:n]),
-            )
+            yield (rows, (norms, errors), torch.mm(rounded[:n], self._rounded, out=buffer[:n]))
