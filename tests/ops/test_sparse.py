@@ -290,9 +290,11 @@ def test_choosing(monkeypatch):
     x, W_D, encoder = problem(6, 3, 5, False, False, 0)
     ran = []
     monkeypatch.setattr(reference, "topk_codes", lambda *_: ran.append("reference"))
-    monkeypatch.setattr(SparseOps, "topk_codes", lambda run, *_: ran.append("native" if native in run.kernels else "sparse"))
+    names = {id(run): name for name, run in ops._IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(SparseOps, "topk_codes", lambda run, *_: ran.append(names[id(run)]))
     monkeypatch.delenv("LM_SAES_OPS", raising=False)
     monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "screening_pays", lambda: False)
     assert "on CPUs native" in ops.explain()
     assert "LM_SAES_OPS is not set" in ops.explain()
     for name in (None, "auto", "native", "sparse", "reference"):
@@ -302,6 +304,10 @@ def test_choosing(monkeypatch):
         ops.topk_codes(x, encoder, 2)
     assert ran == ["native", "native", "native", "sparse", "reference"]
     monkeypatch.setenv("LM_SAES_OPS", "auto")
+    monkeypatch.setattr(native, "screening_pays", lambda: True)
+    ops.topk_codes(x, encoder, 2)
+    assert ran[-1] == "screened"
+    assert "on CPUs screened" in ops.explain()
     ops.topk_codes(x.to("meta"), encoder, 2)
     assert ran[-1] == "reference"
     monkeypatch.setenv("LM_SAES_OPS", "fastest")

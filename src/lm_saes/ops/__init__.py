@@ -2,7 +2,7 @@
 
 `reference.py` is the definition. `sparse.py`, which never builds dense codes, has to agree with it, outputs and gradients
 (tests/ops); it stands on kernels, in C++ where they are compiled and apply, else in torch. It runs on CPUs, the reference elsewhere;
-the environment variable `LM_SAES_OPS` (auto, reference, sparse, native) forces one of them everywhere, and `explain()` says what runs
+the environment variable `LM_SAES_OPS` (auto, reference, sparse, native, screened) forces one of them everywhere, and `explain()` says what runs
 and why.
 
 Letters: N tokens, D model width, F latents; h pre-activations, q gate values (h, times the norm of the decoder row where the gate
@@ -53,7 +53,11 @@ def _chosen(device: str) -> str:
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name == "auto":
         # Measured (benchmarks/README.md) on CPUs only. Sparse codes ask the device how many entries there are, but for TopK.
-        return ("native" if native.available() else "sparse") if device == "cpu" else "reference"
+        if device != "cpu":
+            return "reference"
+        if not native.available():
+            return "sparse"
+        return "screened" if native.screening_pays() else "native"
     if name not in _IMPLEMENTATIONS:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(('auto', *_IMPLEMENTATIONS))}, got '{name}'")
     if name in ("native", "screened") and not native.available():
@@ -72,7 +76,7 @@ def explain() -> str:
     }[chosen]
     if asked != "auto":
         return f"ops: {how} ({ENVIRONMENT_VARIABLE}={asked})"
-    why = "" if chosen == "native" else f" ({native.describe()})"
+    why = "" if chosen in ("native", "screened") else f" ({native.describe()})"
     return f"ops: on CPUs {how}{why}; on other devices reference; {ENVIRONMENT_VARIABLE} is " + (
         "auto" if ENVIRONMENT_VARIABLE in os.environ else "not set"
     )
