@@ -96,7 +96,9 @@ class Board:
         self._said.clear()
 
     def close(self) -> None:
+        """The first run's end is that of all."""
         self._print_news()
+        self._news = False
         self._flush()
         if self._live is not None:
             self._live.stop()
