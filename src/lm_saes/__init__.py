@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from lm_saes.config.generation import GenerateActivationsSettings as GenerateActivationsSettings
     from lm_saes.evaluation.evaluator import Evaluator as Evaluator
     from lm_saes.generate import generate_activations as generate_activations
-    from lm_saes.lm.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
     from lm_saes.inspection.inspect import inspect_activations as inspect_activations
     from lm_saes.inspection.report import ActivationReport as ActivationReport
+    from lm_saes.lm.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
     from lm_saes.lm.language_model import LanguageModel as LanguageModel
     from lm_saes.lm.language_model import TokenizerOnlyLanguageModel as TokenizerOnlyLanguageModel
     from lm_saes.lm.language_model import load_model as load_model
@@ -66,8 +66,8 @@ _PUBLIC_NAMES = {
     "lm_saes.activations.factory": ["ActivationFactory"],
     "lm_saes.activations.text": ["load_dataset", "load_dataset_shard"],
     "lm_saes.activations.writer": ["ActivationWriter"],
-    "lm_saes.config": [
     "lm_saes.analysis.matching": ["DictionaryMatch", "compare_dictionaries"],
+    "lm_saes.config": [
         "ActivationFactoryActivationsSource", "ActivationFactoryConfig", "ActivationFactoryDatasetSource", "ActivationFactoryTarget",
         "BaseSAEConfig", "BufferShuffleConfig", "DatasetConfig", "EvalConfig", "EvaluateSAESettings", "InitializerConfig", "LanguageModelConfig",
         "MatryoshkaConfig", "PretrainedSAE", "SAEConfig", "SparseDictionaryConfig", "SweepSAESettings", "SweepingItem", "TensorBoardConfig",
@@ -76,9 +76,9 @@ _PUBLIC_NAMES = {
     "lm_saes.config.generation": ["ActivationWriterConfig", "GenerateActivationsSettings"],
     "lm_saes.evaluation.evaluator": ["Evaluator"],
     "lm_saes.generate": ["generate_activations"],
-    "lm_saes.lm.huggingface": ["HuggingFaceLanguageModel"],
     "lm_saes.inspection.inspect": ["inspect_activations"],
     "lm_saes.inspection.report": ["ActivationReport"],
+    "lm_saes.lm.huggingface": ["HuggingFaceLanguageModel"],
     "lm_saes.lm.language_model": ["LanguageModel", "TokenizerOnlyLanguageModel", "load_model"],
     "lm_saes.lm.transformer_lens": ["TransformerLensLanguageModel"],
     "lm_saes.models.activation_functions": ["JumpReLU"],
