@@ -1,9 +1,9 @@
 """Screened selection against float32 selection: what the bounds let through, what is selected, and whether training notices.
 
-    python benchmarks/screening.py quality [--model demo FOLDER ...] [--steps 500] [--tokens 65536] [--threads 2]
+    python benchmarks/screening.py quality [--model demo FOLDER ...] [--layers 0 2 ...] [--steps 500] [--tokens 65536] [--threads 2]
     python benchmarks/screening.py time [--shape D,F,k,N ...] [--rounds 7] [--threads 2]
 
-`quality` takes activations of language models (every layer's resid_post; texts are the bundled corpus) and random ones, trains a TopK SAE
+`quality` takes activations of language models (each layer's resid_post; texts are the bundled corpus) or random ones, trains a TopK SAE
 on each twice from the same start on the same batches, with `native` and with `screened` operations, and prints for each:
 
     products    float32 products per token that screening makes, over k; at the start and at the end of training
@@ -40,10 +40,10 @@ LAST = 50
 """Steps at the end over which losses and dead latents are taken."""
 
 
-def activations(model_name: str, n_tokens: int) -> Iterator[tuple[str, Tensor]]:
-    """The residual stream after each layer: [n_tokens, D], shuffled, special tokens and outliers filtered as in training."""
+def activations(model_name: str, layers: list[int], n_tokens: int) -> Iterator[tuple[str, Tensor]]:
+    """The residual stream after some layers (all if none is named): [n_tokens, D], shuffled, special tokens and outliers filtered as in training."""
     model = load_model(LanguageModelConfig(model_name=model_name, device="cpu", local_files_only=True))
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)]
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in layers or range(model.n_layers)]
     cfg = ActivationFactoryConfig.model_validate(
         {
             "target": "activations-1d",
@@ -104,11 +104,12 @@ def train(implementation: str, x: Tensor, steps: int) -> tuple[SparseDictionary,
     return dictionary, statistics.mean(losses), int((~fired).sum())
 
 
-def quality(models: list[str], steps: int, n_tokens: int) -> None:
+def quality(models: list[str], layers: list[int], steps: int, n_tokens: int) -> None:
     def sources() -> Iterator[tuple[str, Tensor]]:
-        yield "random, D 192", torch.randn(n_tokens, 192)
+        if not models:
+            yield "random, D 192", torch.randn(n_tokens, 192)
         for model in models:
-            yield from activations(model, n_tokens)
+            yield from activations(model, layers, n_tokens)
 
     print(f"TopK k {K}, F = {EXPANSION} D, {BATCH} tokens a step, {steps} steps")
     for name, x in sources():
@@ -158,7 +159,8 @@ def times(shape: str, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "time"])
-    parser.add_argument("--model", nargs="*", default=["demo"], help='"demo", or folders in Hugging Face format')
+    parser.add_argument("--model", nargs="*", default=["demo"], help='"demo", or folders in Hugging Face format; none: random numbers')
+    parser.add_argument("--layers", nargs="*", type=int, default=[], help="all if none is named")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="D,F,k,N")
@@ -167,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "quality":
-        quality(arguments.model, arguments.steps, arguments.tokens)
+        quality(arguments.model, arguments.layers, arguments.steps, arguments.tokens)
     else:
         for shape in arguments.shape:
             times(shape, arguments.rounds)
