@@ -51,7 +51,13 @@ def test_the_table_names_both(short_demo_run: Path, copy: Path, monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "120")
     assert run("compare", str(short_demo_run), str(copy), monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    for words in ("demo 1,536, copy 1,536", "optimal assignment", "decoder 1.000, encoder 1.000", "100.0 % of demo's"):
+    for words in (
+        "demo, 1,536 latents",
+        "copy, 1,536 latents",
+        "optimal assignment",
+        "decoder 1.000, encoder 1.000",
+        "100.0 % of the first, 100.0 % of the second",
+    ):
         assert words in out
 
 

@@ -49,11 +49,11 @@ def rows(match: DictionaryMatch, names: tuple[str, str]) -> list[tuple[str, str]
 
     def both(values: tuple[float, float], percent: bool = False) -> str:
         one, other = (f"{100 * value:.1f} %" if percent else f"{value:.3f}" for value in values)
-        return f"{one} of {names[0]}'s, {other} of {names[1]}'s"
+        return f"{one} of the first, {other} of the second"
 
     note = "" if match.method == "optimal assignment" else f" of {min(match.latents):,}; the others have no partner, so the means flatter"
     return [
-        ("latents", f"{names[0]} {match.latents[0]:,}, {names[1]} {match.latents[1]:,}"),
+        *((place, f"{name}, {latents:,} latents") for place, name, latents in zip(("first", "second"), names, match.latents, strict=True)),
         ("matched by", f"{match.method} of decoder rows, {match.pairs:,} pairs{note}"),
         ("mean cosine of matched pairs", f"decoder {match.mean_matched_cosine:.3f}, encoder {match.mean_matched_encoder_cosine:.3f}"),
         ("the same feature", f"{100 * match.shared:.1f} % of pairs (decoder and encoder cosine at least 0.7)"),
