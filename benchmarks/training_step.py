@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from peers.feed import Task
 from peers.pool import KINDS, Contestant, Pool, append, machine, now
 
 SHAPES = ["768,6144,50,4096", "768,24576,50,2048"]
-LEARNING_RATE = {"topk": 1e-4, "batchtopk": 1e-4, "relu": 1e-5, "jumprelu": 1e-5}
+LEARNING_RATE = {"topk": 1e-4, "batchtopk": 1e-4, "relu": 1e-6, "jumprelu": 1e-6}
 OWN = "lm_saes "
 
 
@@ -53,7 +54,7 @@ def contestants(modes: list[str], libraries: list[str]) -> list[Contestant]:
 def measure(rows: list[Contestant], task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """One record: rounds of steps of all libraries that train this kind of dictionary, interleaved."""
     pool = Pool([(row, task) for row in rows if task.kind in row.kinds], arguments)
-    found = pool.measure(arguments.rounds, arguments.steps, arguments.warmup)
+    found = pool.measure(arguments.rounds, arguments.steps, arguments.warmup, arguments.seconds)
     results = {row.label: result for (row, _), result in zip(pool.entries, found, strict=True) if result is not None}
     return {"date": now(), "machine": machine(), "threads": arguments.threads, "task": asdict(task), "results": results}
 
@@ -101,9 +102,9 @@ def table(record: dict[str, Any]) -> str:
         ratio = statistics.median(wall) / statistics.median(_flat(reference["wall"]))
         cpu_ratio = statistics.median(cpu) / statistics.median(_flat(reference["cpu"]))
         by_round = [sum(a) / sum(b) for a, b in zip(result["wall"], reference["wall"], strict=True)]
-        low, _, high = statistics.quantiles(by_round, n=4) if len(by_round) > 1 else [by_round[0]] * 3
+        low, _, high = statistics.quantiles(by_round, n=4, method="inclusive") if len(by_round) > 1 else [by_round[0]] * 3
         before, after = result["before"], result["after"]
-        learned = "–" if label == "floor" else f"{before['fvu']:.3f} → {after['fvu']:.3f}"
+        learned = "–" if label == "floor" else f"{before['fvu']:.4f} → {after['fvu']:.4f}"
         lines.append(
             f"| {label} | {ratio:.2f} | {low:.2f} to {high:.2f} | {cpu_ratio:.2f} | {1e3 * statistics.median(wall):.0f} | {1e3 * min(wall):.0f} | "
             f"{1e3 * statistics.median(cpu):.0f} | {after['peak_mib']:.0f} | {after['peak_mib'] - after['before_mib']:.0f} | {after['l0']:.1f} | {learned} |"
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of a library in one round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="fewer rounds rather than a table later than this, start included")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--venvs", type=Path, default=Path(__file__).parent / ".venvs", help="where the libraries' environments are")
     parser.add_argument("--torch-index", help="package index for torch when environments are made")

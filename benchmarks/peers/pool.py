@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -71,7 +72,7 @@ class Worker:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 class WorkerError(Exception):
@@ -84,8 +85,12 @@ class Pool:
     def __init__(self, entries: list[tuple[Contestant, Task]], arguments: argparse.Namespace) -> None:
         self.entries, self.arguments = entries, arguments
 
-    def measure(self, rounds: int, steps: int, warmup: int) -> list[dict[str, Any] | None]:
-        """For each entry the wall and processor seconds of its steps by round, and what it said before and after; None where it failed."""
+    def measure(self, rounds: int, steps: int, warmup: int, seconds: float = math.inf) -> list[dict[str, Any] | None]:
+        """For each entry the wall and processor seconds of its steps by round, and what it said before and after; None where it failed.
+
+        No round is begun that would, if it lasts as long as the one before, end later than `seconds` after the start. The first always is.
+        """
+        began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             self.workers = [self._start(number, *entry, Path(folder)) for number, entry in enumerate(self.entries)]
             self.results: list[dict[str, Any] | None] = [{"wall": [], "cpu": []} for _ in self.entries]
@@ -94,10 +99,15 @@ class Pool:
                     self._ask(number, "before", "check")
                     self._ask(number, None, "steps", n=warmup)
                     self._ask(number, None, "check")  # the peak of memory begins anew
+                print(f"all started after {time.monotonic() - began:.0f} s", file=sys.stderr)
                 for turn in range(rounds):
+                    round_began = time.monotonic()
                     for number in range(len(self.entries)):
                         self._ask((number + turn) % len(self.entries), "steps", "steps", n=steps)
                     print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+                    moment = time.monotonic()
+                    if moment + (moment - round_began) > began + seconds:
+                        break
                 for number in range(len(self.entries)):
                     self._ask(number, "after", "check")
             finally:

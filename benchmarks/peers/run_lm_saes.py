@@ -21,7 +21,7 @@ def main() -> None:
             "sae": {"hook_point_in": hook, "d_model": run.d_model, "expansion_factor": run.d_sae / run.d_model, "act_fn": "topk", "top_k": run.k},
             "initializer": {"bias_init_method": "geometric_median", "grid_search_init_norm": True, "init_encoder_bias_with_mean_hidden_pre": True},
             "trainer": {
-                "total_training_tokens": run.tokens, "lr": run.lr, "lr_scheduler_name": "constant", "lr_warm_up_steps": 0, "lr_cool_down_steps": 0,
+                "total_training_tokens": run.tokens, "lr": run.lr, "lr_scheduler_name": "constant",
                 "clip_grad_norm": 1.0, "n_checkpoints": 0, "exp_result_path": run.output,
             },
             "model": {"model_name": run.model, "local_files_only": True},

@@ -54,7 +54,7 @@ def train(task: Task, feed: Feed) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             TrainerConfig(
-                lr=task.lr, lr_scheduler_name="constant", lr_warm_up_steps=0, lr_cool_down_steps=0, clip_grad_norm=1.0,
+                lr=task.lr, lr_scheduler_name="constant", clip_grad_norm=1.0,
                 total_training_tokens=10**12, log_frequency=rare, eval_frequency=rare, n_checkpoints=0, exp_result_path=f"{folder}/run",
                 **{**LOSSES.get(task.kind, {}), **task.options},
             )

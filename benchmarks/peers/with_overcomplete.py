@@ -26,7 +26,7 @@ def train(task: Task, feed: Feed) -> None:
         sae, criterion = BatchTopKSAE(task.d_model, task.d_sae, top_k=task.k * task.tokens), mse
     else:
         sae = (SAE if task.kind == "relu" else JumpSAE)(task.d_model, task.d_sae)
-        criterion = partial(mse_l1, penalty=1e-4)
+        criterion = partial(mse_l1, penalty=0.1 / (task.tokens * task.d_model))  # its penalty is a sum over the batch, its error a mean
     sae.untied(bias=True)
     sae.train()
     if task.kind in ("relu", "jumprelu"):

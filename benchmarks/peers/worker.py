@@ -11,10 +11,11 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import suppress
 
 import numpy
 import torch
-from feed import Feed, Task
+from feed import Feed, Stop, Task
 
 
 def make_torchvision_importable() -> None:
@@ -45,7 +46,8 @@ def main() -> None:
     make_torchvision_importable()
     adapter = importlib.import_module(f"with_{arguments.library}")
     batches = [torch.from_numpy(batch) for batch in numpy.load(arguments.batches)]
-    adapter.train(Task(**json.loads(arguments.task)), Feed(batches, sys.stdin, answers))
+    with suppress(Stop):
+        adapter.train(Task(**json.loads(arguments.task)), Feed(batches, sys.stdin, answers))
 
 
 if __name__ == "__main__":
