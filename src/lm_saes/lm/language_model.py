@@ -35,10 +35,10 @@ class MLP(NamedTuple):
     """Hook point of what it reads."""
     hook_out: str
     """Hook point of what it gives."""
-    neurons: Float[Tensor, "M D"] | None
-    """The direction that each hidden neuron (with a gated MLP: its gate) reads; None for a mixture of experts."""
-    respond: Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
-    """What it gives for rows of its input, in float32 on the rows' device."""
+    neurons: Tensor | None
+    """[M, D]: the direction that each hidden neuron (with a gated MLP: its gate) reads; None for a mixture of experts."""
+    respond: Callable[[Tensor], Tensor]
+    """[N, D] -> [N, D]: what it gives for rows of its input, in float32 on the rows' device."""
 
 
 class LanguageModel(ABC):

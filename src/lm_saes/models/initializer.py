@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,23 +44,11 @@ class MetricsLogger(Protocol):
     def log(self, data: dict[str, Any], /) -> Any: ...
 
 
-class AnMLP(Protocol):
-    """See `lm_saes.lm.language_model.MLP`."""
-
-    @property
-    def hook_in(self) -> str: ...
-    @property
-    def hook_out(self) -> str: ...
-    @property
-    def neurons(self) -> Float[Tensor, "M D"] | None: ...
-    @property
-    def respond(self) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]: ...
-
-
 class HasMLPs(Protocol):
     """What is asked of a language model."""
 
-    def mlp(self, layer: int) -> AnMLP: ...
+    def mlp(self, layer: int) -> Any:
+        """See `lm_saes.lm.language_model.MLP`."""
 
 
 class Initializer:
