@@ -1,7 +1,7 @@
 """The activation cache: reading speed, shuffling, and what the data type on disk costs the dictionary that is trained.
 
     python benchmarks/cache.py throughput --folder /somewhere/on/the/disk --gigabytes 2 --rounds 7
-    python benchmarks/cache.py shuffle --folder /somewhere --tokens 1000000
+    python benchmarks/cache.py shuffle --folder /somewhere --tokens 2000000 --width 768
     python benchmarks/cache.py training --folder /somewhere --tokens 600000 --seeds 3
 
 `throughput` reads the files of a cold float16 cache one after the other with plain sequential reads, and the same cache as a stream (random order of
@@ -16,9 +16,11 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,21 @@ def plain_sequential(files: list[Path]) -> int:
     return total
 
 
+def plain_threads(files: list[Path], threads: int) -> int:
+    """Read the files in pieces of 4 MiB, in order, by several threads side by side: what the disk gives to whoever asks for much at once."""
+
+    def piece(place: tuple[int, int]) -> int:
+        return len(os.pread(place[0], 4 * 2**20, place[1]))
+
+    opened = [os.open(path, os.O_RDONLY) for path in files]
+    places = [(descriptor, start) for descriptor in opened for start in range(0, os.fstat(descriptor).st_size, 4 * 2**20)]
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(piece, places))
+    for descriptor in opened:
+        os.close(descriptor)
+    return total
+
+
 def through_samples(folder: Path, workers: int) -> int:
     """Read the cache group by group in a random order, every group checked."""
     samples = StoredSamples(ActivationCache(folder), ["a"], seed=1, workers=workers, ahead=4)
@@ -106,7 +123,8 @@ def throughput(args: argparse.Namespace) -> None:
         ActivationWriter(cfg).process(batches)
     files = sorted(folder.glob("shard-*"))
     arms: dict[str, Callable[[], int]] = {"plain sequential": lambda: plain_sequential(files)}
-    for workers in (2, 4):
+    arms["plain sequential, 4 threads"] = lambda: plain_threads(files, 4)
+    for workers in (1, 2, 4):
         arms[f"cache, {workers} threads"] = lambda workers=workers: through_samples(folder, workers)
     arms["cache, 4 threads, shuffled batches"] = lambda: through_batches(folder, 4)
     rates: dict[str, list[float]] = {name: [] for name in arms}
@@ -116,10 +134,17 @@ def throughput(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             n_bytes = read()
             rates[name].append(n_bytes / (time.perf_counter() - start) / 2**30)
-    print("| | GiB/s, median | least | most | of plain, median of rounds |\n|---|---|---|---|---|")
+            print(f"{name}: {rates[name][-1]:.2f}", file=sys.stderr, flush=True)
+    if not args.rounds:
+        return
+    print("| | GiB/s, median | least | most | of plain | of plain, 4 threads |\n|---|---|---|---|---|---|")
     for name, values in rates.items():
-        ratio = statistics.median(value / plain for value, plain in zip(values, rates["plain sequential"], strict=True))
-        print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} | {ratio:.2f} |")
+        ratios = (
+            statistics.median(value / plain for value, plain in zip(values, rates[base], strict=True))
+            for base in ("plain sequential", "plain sequential, 4 threads")
+        )
+        row = [f"{number:.2f}" for number in (statistics.median(values), min(values), max(values), *ratios)]
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- shuffle
@@ -135,17 +160,26 @@ def generate(folder: Path, tokens: int, dtype: str, **fields: Any) -> None:
     generate_activations(settings)
 
 
+def contexts(tokens: int, width: int) -> Iterator[dict[str, Any]]:
+    """Contexts of 256 positions with zeros for activations: shuffling depends on where rows go, not on what is in them."""
+    mask = torch.ones(16, 256, dtype=torch.bool)
+    mask[:, 0] = False
+    for _ in range(-(-tokens // (16 * 255))):
+        yield {HOOK: torch.zeros(16, 256, width), "tokens": torch.zeros(16, 256, dtype=torch.int64), "mask": mask}
+
+
 def shuffle(args: argparse.Namespace) -> None:
     """Print the numbers of several ways to write and to read."""
     print("| written as | buffer_size | rank correlation | distances | pairs in a batch |\n|---|---|---|---|---|")
     written: dict[str, dict[str, Any]] = {
-        "1d, shards of 65,536": {},
-        "1d, blocks of 262,144": {"buffer_size": 262_144},
+        "1d, shards of 65,536": {"n_samples_per_chunk": 65_536},
+        "1d, blocks of 262,144": {"n_samples_per_chunk": 65_536, "buffer_size": 262_144},
         "2d, shards of 256 sequences": {"target": ActivationFactoryTarget.ACTIVATIONS_2D, "n_samples_per_chunk": 256},
     }
     for number, (name, fields) in enumerate(written.items()):
         folder = args.folder / f"shuffle-{number}"
-        generate(folder, args.tokens, "float16", **fields)
+        table = {"target": ActivationFactoryTarget.ACTIVATIONS_1D, "hook_points": [HOOK], "cache_dir": str(folder), "dtype": "float16", **fields}
+        ActivationWriter(ActivationWriterConfig(**table)).process(contexts(args.tokens, args.width))
         for buffer_size in (None, BATCH, 16_384, 65_536, 262_144):
             quality = shuffle_quality(str(folder), buffer_size=buffer_size, batch_size=BATCH)
             shown = "in order" if buffer_size is None else f"{buffer_size:,}"

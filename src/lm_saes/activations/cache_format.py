@@ -44,7 +44,7 @@ from lm_saes.errors import CacheError
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 UNFINISHED = ".unfinished-"
-GROUP_BYTES = 8 * 2**20
+GROUP_BYTES = 2 * 2**20
 """Activations of one hook point in one group, the unit of reading, as if they were float32: the order of reading does not depend on the data type."""
 LARGEST_MANIFEST = 2**30
 
@@ -291,6 +291,8 @@ def read_entries(descriptor: int, place: Place, start: int, stop: int) -> Tensor
     out = torch.empty((stop - start, *place.shape[1:]), dtype=place.dtype)
     view = memoryview(as_bytes(out))
     done, offset = 0, place.offset + start * place.bytes_per_entry
+    if hasattr(os, "posix_fadvise"):  # the disk is asked for all of it at once, not for one small read-ahead window after the other
+        os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_WILLNEED)
     while done < len(view):
         n = os.preadv(descriptor, [view[done:]], offset + done)
         if n == 0:

@@ -153,7 +153,7 @@ class ActivationFactoryActivationsSource(ActivationFactorySource):
     num_workers: int = Field(default=4, ge=0)
     """Threads that read ahead; 0 reads when asked."""
     prefetch: int | None = Field(default=8, ge=1)
-    """Pieces (8 MiB in float32, 4 MiB in float16, for each hook point) read ahead by each; `None` is 2."""
+    """Pieces (2 MiB in float32, 1 MiB in float16, for each hook point) read ahead by each; `None` is 2."""
     skip_damaged: bool = False
     """Pass over damaged and missing shards, with a line in the log for each, instead of stopping."""
 
