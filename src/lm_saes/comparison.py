@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lm_saes.config import SAEConfig, TrainSAESettings
+from lm_saes.errors import RunFolderError
+from lm_saes.files import read_json_object
 from lm_saes.training.checkpoint import METRICS_FILE, failure_of
 
 
@@ -88,9 +90,10 @@ def _row(settings: TrainSAESettings, differs: dict[str, Any]) -> Row:
 
 def _evaluation(folder: Path) -> Mapping[str, Any]:
     try:
-        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["sae"]
-    except (OSError, ValueError, KeyError):
+        evaluated = read_json_object(folder / "evaluation.json", RunFolderError)["sae"]
+    except (OSError, RunFolderError, KeyError):
         return {}
+    return evaluated if isinstance(evaluated, dict) else {}
 
 
 def _last_metrics(folder: Path) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -17,6 +16,9 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+
+from lm_saes import files
+from lm_saes.errors import RunFolderError
 
 if TYPE_CHECKING:
     from lm_saes.analysis.features import Feature
@@ -66,7 +68,7 @@ def rows_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for label, value in rows:
-        table.add_row(Text(label), Text(value))
+        table.add_row(Text(visible(label)), Text(visible(value)))
     return table
 
 
@@ -153,8 +155,8 @@ def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None when there is no such file or it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = files.read_json(path, RunFolderError)
+    except (OSError, RunFolderError):
         return None
     return value if isinstance(value, dict) else None
 

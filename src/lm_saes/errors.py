@@ -19,11 +19,34 @@ code 2; a bug in the library keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import unicodedata
 from collections.abc import Iterable
+
+LONGEST_MESSAGE = 2000
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_CREDENTIALS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s]+(?=@)|(?i:(?<=signature=))[^&\s]+")
+"""Tokens of the hub; names and passwords in addresses; signatures of addresses that are good for a while."""
+
+
+def one_safe_line(text: str) -> str:
+    """A message on one line of bounded length that a terminal shows as it is: control and format characters escaped, keys and passwords struck out.
+    Messages quote files and libraries, which may hold anything."""
+    text = text if len(text) <= 10 * LONGEST_MESSAGE else f"{text[: 5 * LONGEST_MESSAGE]} ... {text[-LONGEST_MESSAGE:]}"
+    for name in SECRET_VARIABLES:
+        secret = os.environ.get(name, "")
+        text = text.replace(secret, "***") if len(secret) >= 8 else text
+    text = " ".join(line.strip() for line in _CREDENTIALS.sub("***", text).splitlines())
+    text = "".join(ascii(mark)[1:-1] if unicodedata.category(mark) in ("Cc", "Cf", "Cs") else mark for mark in text)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 300]} ... {text[-280:]}"
 
 
 class LmSaesError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can mend. Its message is one line (see `one_safe_line`)."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_safe_line(message))
 
 
 class ConfigError(LmSaesError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -18,6 +17,7 @@ from lm_saes.activations.cache_format import (
     HEADER_ERRORS,
     Place,
     ShardRecord,
+    as_bytes,
     checksum,
     file_sha256,
     in_groups,
@@ -29,6 +29,7 @@ from lm_saes.activations.cache_format import (
 from lm_saes.activations.quantization import Quantized, dequantize
 from lm_saes.activations.stored import ORIGIN, Samples, StoredActivations
 from lm_saes.errors import CacheError
+from lm_saes.files import parse_json
 
 log = logging.getLogger("lm_saes")
 
@@ -166,7 +167,7 @@ class ActivationCache(StoredActivations):
 
     def _read_contexts(self, index: int) -> Contexts:
         shard = self._open(index)
-        records = json.loads(bytes(self._whole(shard, "contexts/records").tolist()))
+        records = parse_json(as_bytes(self._whole(shard, "contexts/records")).tobytes())
         documents, table = records["documents"], records["meta"]
         number, which = self._whole(shard, "contexts/number"), self._whole(shard, "contexts/meta").tolist()
         meta: list[dict[str, Any]] = [{**table[row], "spans": []} for row in which]
@@ -199,7 +200,7 @@ class ActivationCache(StoredActivations):
             place = places[name]
             if place.dtype != dtype or place.shape != expected:
                 raise ValueError(f"{name} is {place.dtype} {list(place.shape)}, the manifest says {dtype} {list(expected)}")
-        checksums = json.loads(metadata["checksums"])
+        checksums = parse_json(metadata["checksums"])
         for name, place in places.items():
             groups = -(-record.samples // manifest.samples_per_group) if in_groups(name) else 1
             if len(checksums[name]) != groups or (in_groups(name) and place.shape[0] != record.samples):

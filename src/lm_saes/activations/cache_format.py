@@ -34,19 +34,21 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import xxhash
 from pydantic import Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lm_saes import tensor_files
 from lm_saes.config.base import BaseConfig, one_line
 from lm_saes.errors import CacheError
+from lm_saes.files import read_json_object
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 UNFINISHED = ".unfinished-"
 GROUP_BYTES = 2 * 2**20
 """Activations of one hook point in one group, the unit of reading, as if they were float32: the order of reading does not depend on the data type."""
-LARGEST_MANIFEST = 2**30
+LARGEST_MANIFEST = 256 * 2**20
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
@@ -149,15 +151,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise CacheError(f"{path} is larger than a manifest can be ({path.stat().st_size} bytes)")
-        table = json.loads(path.read_bytes())
+        table = read_json_object(path, CacheError, LARGEST_MANIFEST)
     except FileNotFoundError:
         raise CacheError(f"{folder} is not a finished cache: there is no {MANIFEST_FILE} in it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(table, dict):
-        raise CacheError(f"{path} must hold a table, got {type(table).__name__}")
     version = table.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CacheError(f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; update the library")
@@ -259,16 +255,11 @@ def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
     Raises:
         SafetensorError, OSError, ValueError: it cannot be read, or is not one.
     """
-    with safe_open(str(path), framework="pt"):
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-    metadata = table.pop("__metadata__", None) or {}
+    table, metadata, start = tensor_files.read_header(path)
     unknown = {entry["dtype"] for entry in table.values()} - DTYPES.keys()
     if unknown:
         raise ValueError(f"data type {', '.join(sorted(unknown))} is not one of {', '.join(DTYPES)}")
-    places = {name: Place(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in table.items()}
+    places = {name: Place(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0]) for name, entry in table.items()}
     return places, metadata
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +30,8 @@ from lm_saes.activations.cache_format import (
     write_whole,
 )
 from lm_saes.errors import CacheError
+from lm_saes.files import parse_json
+from lm_saes.tensor_files import read_safetensors
 from lm_saes.version import __version__
 
 RESERVE = 16 * 2**20
@@ -75,14 +76,13 @@ class Progress:
         if not path.exists():
             return None
         try:
-            with safe_open(str(path), framework="pt") as file:
-                table = json.loads(file.metadata()["progress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = read_safetensors(path, CacheError)
+            table = parse_json(metadata["progress"])
             table["shards"] = [ShardRecord.model_validate(shard) for shard in table["shards"]]
             if table["stream"] is not None:
                 table["stream"] |= tensors
             return cls(**table)
-        except HEADER_ERRORS as error:
+        except (*HEADER_ERRORS, CacheError) as error:
             raise CacheError(f"{path} is damaged ({words(error)}); remove the folder and write the cache again") from None
 
     def save(self, folder: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import copy
 import itertools
-import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from lm_saes.activations.stream import State
 from lm_saes.errors import DataError, did_you_mean
+from lm_saes.files import parse_json
 
 PIECE_CHARACTERS = 1_000_000
 """Longer documents are handed out in pieces of at most this length, so that one file of a gigabyte does not have to be tokenised at once."""
@@ -203,8 +203,8 @@ class StreamedTable:
 def json_document(name: str, line: str, field: Field, repaired: bool = False) -> Document:
     """The document in one line of JSON: an object with the field's column, or (untokenised) a string."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line, tolerant=True)
+    except ValueError as error:
         raise DataError(f"{name} is not valid JSON: {error}") from None
     return record_document(name, record, field)._replace(repaired=repaired)
 

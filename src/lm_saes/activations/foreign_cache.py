@@ -8,10 +8,8 @@ Files are read in the order of their names. Nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm_saes import tensor_files
 from lm_saes.activations.cache import ActivationCache
-from lm_saes.activations.cache_format import HEADER_ERRORS, MANIFEST_FILE, Place, read_entries, read_header, words
+from lm_saes.activations.cache_format import MANIFEST_FILE, Place, read_entries, read_header, words
 from lm_saes.activations.cache_progress import begun_parts
 from lm_saes.activations.stored import ORIGIN, Samples, StoredActivations
 from lm_saes.errors import CacheError, did_you_mean
+from lm_saes.files import inside, read_json
 
 log = logging.getLogger("lm_saes")
 
@@ -45,13 +45,13 @@ class _Array:
 
 
 class _File:
-    """The tensors of one file: `activation`, and what stands beside it. Raises one of `HEADER_ERRORS`, or `RuntimeError`."""
+    """The tensors of one file: `activation`, and what stands beside it. Raises whatever the file's library raises."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         match path.suffix:
             case ".npy":
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                array = tensor_files.map_npy(path)
                 if not array.flags.c_contiguous or array.dtype.str not in {"<f2", "<f4", "<f8"}:
                     raise ValueError(f"wanted float16, float32 or float64 in C order, got {array.dtype} {list(array.shape)}")
                 dtype = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}[array.dtype.str]
@@ -59,7 +59,7 @@ class _File:
             case ".safetensors":
                 tensors = {name: _on_disk(path, place) for name, place in read_header(path)[0].items()}
             case _:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                loaded = tensor_files.read_torch(path, CacheError, mmap=True)
                 table = loaded if isinstance(loaded, dict) else {"activation": loaded}
                 tensors = {
                     name: _Array(value.shape, value.dtype, lambda start, stop, value=value: value[start:stop].clone())
@@ -134,10 +134,8 @@ class ActivationFiles(StoredActivations):
         for hook, path in paths.items():
             try:
                 row[hook] = _File(path)
-            except (*HEADER_ERRORS, RuntimeError, EOFError) as error:
-                problem = _first_sentence(words(error))
-            except Exception as error:  # pickle.UnpicklingError and its relatives: a file that wants to be more than tensors
-                problem = _first_sentence(words(error))
+            except Exception as error:  # of NumPy, torch, safetensors or the disk: they have no common base
+                problem = tensor_files.reason(error).removeprefix(f"{path} is ")
             else:
                 shape, first = row[hook].activation.shape, next(iter(row.values())).activation.shape
                 if shape[:-1] == first[:-1]:
@@ -186,18 +184,9 @@ class ActivationFiles(StoredActivations):
         path = next(iter(self._rows[index].values())).path
         for candidate in (path.with_suffix(".meta.json"), path.with_name(f"{path.name}.meta.json")):
             if candidate.is_file():
-                try:
-                    table = json.loads(candidate.read_bytes())
-                except (OSError, ValueError, RecursionError) as error:
-                    raise CacheError(f"{candidate} cannot be read: {words(error)}") from None
+                table = read_json(candidate, CacheError)
                 return [entry if isinstance(entry, dict) else {} for entry in table] if isinstance(table, list) else []
         return []
-
-
-def _first_sentence(text: str) -> str:
-    """Enough of a library's message: torch's go on for a page about how to turn its safety off."""
-    sentence = re.split(r"(?<=[.;])\s", text)[0]
-    return sentence if len(sentence) <= 200 else sentence[:197] + "..."
 
 
 def _listed(path: Path) -> list[Path]:
@@ -237,7 +226,7 @@ def open_activations(path: str | Mapping[str, str], hook_points: Sequence[str], 
             return cache
         if root.is_dir() and begun_parts(root):
             raise CacheError(f"{root} is not finished: run lm-saes generate again to go on, or lm-saes cache finish {root} to use what is there")
-        places = {hook: root / hook for hook in hook_points}
+        places = {hook: inside(root, hook, CacheError, "hook_points") for hook in hook_points}
         if len(hook_points) == 1 and not places[hook_points[0]].exists():
             places = {hook_points[0]: root}
     return ActivationFiles(places, skip_damaged=skip_damaged)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from lm_saes.activations.documents import (
 from lm_saes.config import DatasetConfig
 from lm_saes.demo import corpus
 from lm_saes.errors import ConfigError, DataError, did_you_mean
+from lm_saes.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
@@ -192,8 +192,8 @@ def _json(path: Path, field: Field) -> Documents:
         return JsonLinesDocuments(path, field)
     data, repaired = decoded(path.read_bytes())
     try:
-        records = json.loads(data)
-    except json.JSONDecodeError as error:
+        records = parse_json(data, tolerant=True)
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     values = [record[field.find(list(record), path.name)] if isinstance(record, dict) else record for record in records]
     return ListedDocuments(path.name, values, field.tokenized, repaired)

@@ -51,23 +51,25 @@ class LanguageModelConfig(BaseModelConfig):
 
     @staticmethod
     def from_pretrained_sae(pretrained_name_or_path: Any, **overrides: Any) -> LanguageModelConfig:
-        """The configuration of the language model that a saved dictionary was trained on (`lm_config.json`, else its provenance)."""
-        import json
+        """The configuration of the language model that a saved dictionary was trained on (`lm_config.json`, else its provenance). Code that the
+        model brings is trusted only where `overrides` say so."""
         from pathlib import Path
 
         from lm_saes.config.base import validated
         from lm_saes.config.dictionaries import read_dictionary_config
         from lm_saes.errors import ConfigError
+        from lm_saes.files import read_json_object
 
         path = Path(pretrained_name_or_path) / "lm_config.json"
         if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = read_json_object(path, ConfigError)
         else:
             _, provenance = read_dictionary_config(pretrained_name_or_path)
             table = provenance.get("model")
             if not isinstance(table, dict):
                 raise ConfigError(f"{pretrained_name_or_path} does not record its language model; pass a LanguageModelConfig")
-        return validated(LanguageModelConfig, {**table, **overrides}, origin=str(path))
+        code = {"trust_remote_code": False}  # whoever saved the dictionary does not decide that for whoever loads it
+        return validated(LanguageModelConfig, {**table, **code, **overrides}, origin=str(path))
 
 
 class DatasetConfig(BaseConfig):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_a
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lm_saes.errors import ConfigError, did_you_mean
+from lm_saes.files import LARGEST_TABLE, parse_json, values_within
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +134,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The table in a TOML, YAML or JSON file. The word `none` as a value is null (TOML has no null of its own)."""
     path = Path(path)
     try:
+        if path.stat().st_size > LARGEST_TABLE:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; settings have at most {LARGEST_TABLE:,}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         others = path.parent.iterdir() if path.parent.is_dir() else []
@@ -149,9 +152,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
                 data = yaml.safe_load(text)
             case ".json":
-                data = json.loads(text)
+                data = parse_json(text)
             case other:
                 raise ConfigError(f"config files end in .toml, .yaml, .yml or .json; got '{other or path.name}'")
+        values_within(data)
     except ConfigError:
         raise
     except Exception as error:  # each parser has its own tree of errors; all of them say where

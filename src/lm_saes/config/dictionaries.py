@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from lm_saes.config.base import BaseConfig, BaseModelConfig, OptionalDType, PathString, validated
 from lm_saes.errors import ConfigError, WeightsError
+from lm_saes.files import read_json_object
 
 ActFn = Literal["relu", "jumprelu", "topk", "batchtopk", "batchlayertopk", "layertopk"]
 NormActivation = Literal["token-wise", "batch-wise", "dataset-wise", "inference"]
@@ -141,13 +142,9 @@ def read_dictionary_config(folder: str | Path) -> tuple[dict[str, Any], dict[str
     """The fields and the provenance in a native folder's `config.json`."""
     path = Path(folder) / CONFIG_FILE
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json_object(path, WeightsError)
     except FileNotFoundError:
         raise WeightsError(f"no {CONFIG_FILE} in {folder}; a saved dictionary is a folder with {CONFIG_FILE} and sae_weights.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise WeightsError(f"{path} must hold a JSON object, got {type(table).__name__}")
     version = table.get("schema_version", SCHEMA_VERSION)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise WeightsError(f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; upgrade lm-saes")

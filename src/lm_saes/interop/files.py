@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lm_saes import tensor_files
 from lm_saes.errors import WeightsError
+from lm_saes.files import read_json_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,13 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is not one.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(table, dict):
-        raise WeightsError(f"{path} must hold a JSON object, got {type(table).__name__}")
-    return table
+    return read_json_object(path, WeightsError)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -43,10 +33,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: it is damaged, or something else.
     """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
+    return tensor_files.read_safetensors(path, WeightsError)[0]
 
 
 def read_torch(path: Path) -> Any:
@@ -55,13 +42,7 @@ def read_torch(path: Path) -> Any:
     Raises:
         WeightsError: the file is damaged or holds other objects.
     """
-    try:
-        with warnings.catch_warnings():  # of unusual pickles; either they are read in full or refused here
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is damaged or holds more than tensors in plain containers, which are all that is read: {reason}") from None
+    return tensor_files.read_torch(path, WeightsError)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -70,11 +51,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: it is damaged, or holds pickled objects.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is damaged or holds more than arrays of numbers: {' '.join(str(error).split())}") from None
+    return tensor_files.read_npz(path, WeightsError)
 
 
 def take(tensors: Mapping[str, Tensor], names: Collection[str], origin: str, ignored: Collection[str] = ()) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from lm_saes.config.base import dtype_name, validated
 from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError, WeightsError
+from lm_saes.files import read_json
+from lm_saes.tensor_files import read_safetensors
 
 if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary
@@ -93,8 +93,8 @@ def _read(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], d
 def _says_ours(path: Path) -> bool:
     """Whether it is a configuration that this library wrote. (Other libraries have a `config.json` too.)"""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        table = read_json(path, WeightsError)
+    except (OSError, WeightsError):  # what is wrong with it is said by whoever reads it
         return False
     return isinstance(table, dict) and "schema_version" in table
 
@@ -165,12 +165,8 @@ def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Te
     """
     if not path.is_file():
         raise WeightsError(f"no {path.name} in {path.parent}; a saved dictionary is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            mode = (file.metadata() or {}).get(_MODE)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the file is not a dict
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
+    tensors, metadata = read_safetensors(path, WeightsError)
+    mode = metadata.get(_MODE)
     if norm_activation is not None and mode is not None and mode != norm_activation:
         raise WeightsError(f"{path} holds weights of norm_activation '{mode}', its {CONFIG_FILE} says '{norm_activation}'; save the dictionary again")
     odd = [f"{name} ({str(tensor.dtype).removeprefix('torch.')})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]

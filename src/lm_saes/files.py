@@ -1,0 +1,132 @@
+"""Text and JSON from files that anybody may have written: bounded in size and depth, strict, every fault said in one line.
+
+One reader for all JSON, one check for all names that stand in files. Tensors have theirs in `tensor_files.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from lm_saes.errors import LmSaesError
+
+LARGEST_TABLE = 64 * 2**20
+"""Bytes of a JSON, TOML or YAML file. Ours have kilobytes; a parsed file takes many times its size."""
+MOST_VALUES = 1_000_000
+"""Values in a configuration, after the aliases of YAML are followed."""
+
+
+class _Refused(ValueError):
+    """JSON that the parser would take and we do not."""
+
+
+def parse_json(text: str | bytes, *, tolerant: bool = False) -> Any:
+    """JSON as the standard has it: no NaN or infinity, no number beyond floats, no key twice in an object, no nesting beyond what the
+    interpreter recurses into.
+
+    Args:
+        tolerant: take NaN, infinity and double keys (the last holds): for rows of text of which one field is read.
+
+    Raises:
+        ValueError: it is not JSON; the message is short.
+    """
+    strict: dict[str, Any] = {} if tolerant else {"object_pairs_hook": _object, "parse_float": _float, "parse_constant": _constant}
+    try:
+        return json.loads(text, **strict)
+    except RecursionError:
+        raise _Refused("it is nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise _Refused("it holds a number of thousands of digits") from None
+        raise
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Refused(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return table
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise _Refused(f"the number {digits[:20]} is too large")
+    return number
+
+
+def _constant(word: str) -> None:
+    raise _Refused(f"{word} is not JSON")
+
+
+def read_json(path: Path, error: type[LmSaesError], largest: int = LARGEST_TABLE) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file; the caller knows what to say.
+        error: it is larger than `largest` bytes, or it is not JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise _Refused(f"it has {size:,} bytes, more than {largest:,}")
+        return parse_json(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as fault:
+        raise error(f"{path} cannot be read as JSON: {fault}") from None
+
+
+def read_json_object(path: Path, error: type[LmSaesError], largest: int = LARGEST_TABLE) -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_json`."""
+    table = read_json(path, error, largest)
+    if not isinstance(table, dict):
+        raise error(f"{path} must hold a JSON object, got {type(table).__name__}")
+    return table
+
+
+def finite(value: Any) -> Any:
+    """A table as JSON can hold it: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def values_within(value: Any, most: int = MOST_VALUES) -> None:
+    """Count the values in nested tables and lists, as often as they are reached: a few lines of YAML can stand for billions.
+
+    Raises:
+        ValueError: there are more than `most`.
+    """
+    counted = 0
+    waiting: list[Iterator[Any]] = [iter((value,))]
+    while waiting:
+        item = next(waiting[-1], waiting)
+        if item is waiting:  # the sentinel: this level is done
+            waiting.pop()
+            continue
+        counted += 1
+        if counted > most:
+            raise _Refused(f"it stands for more than {most:,} values")
+        if isinstance(item, dict):
+            waiting.append(iter(item.values()))
+        elif isinstance(item, list):
+            waiting.append(iter(item))
+
+
+def inside(folder: Path, name: object, error: type[LmSaesError], origin: str) -> Path:
+    """The path of `name`, which a file (`origin`) gives, below `folder`. Links are followed: the hub's cache consists of them.
+
+    Raises:
+        error: it is not the relative name of something in that folder.
+    """
+    path = PurePath(name) if isinstance(name, str) and 0 < len(name) < 4096 and name.isprintable() and "\\" not in name else None
+    if path is None or path.is_absolute() or path.drive or ".." in path.parts:
+        raise error(f"{origin} names {name!r}, which is not in its folder; nothing outside {folder} is read")
+    return folder / path
