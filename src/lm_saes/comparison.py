@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from lm_saes.config import SAEConfig, TrainSAESettings
 from lm_saes.errors import RunFolderError
-from lm_saes.files import read_json_object
+from lm_saes.files import parse_json, read_json_object
 from lm_saes.training.checkpoint import METRICS_FILE, failure_of
 
 
@@ -93,16 +92,25 @@ def _evaluation(folder: Path) -> Mapping[str, Any]:
         evaluated = read_json_object(folder / "evaluation.json", RunFolderError)["sae"]
     except (OSError, RunFolderError, KeyError):
         return {}
-    return evaluated if isinstance(evaluated, dict) else {}
+    return {name: value for name, value in evaluated.items() if isinstance(value, int | float)} if isinstance(evaluated, dict) else {}
 
 
 def _last_metrics(folder: Path) -> Mapping[str, Any]:
     """The last line of the run's metrics that has losses in it."""
     try:
-        lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
-    return next((row for row in map(json.loads, reversed(lines)) if "losses/overall_loss" in row), {})
+    return next((row for row in map(_metrics, reversed(lines)) if "losses/overall_loss" in row), {})
+
+
+def _metrics(line: str) -> dict[str, Any]:
+    """The numbers in a line of metrics; none where a crash, or somebody, left something else."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return {}
+    return {name: value for name, value in row.items() if isinstance(value, int | float)} if isinstance(row, dict) else {}
 
 
 def _differences(members: Sequence[TrainSAESettings]) -> list[dict[str, Any]]:

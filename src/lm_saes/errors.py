@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 LONGEST_MESSAGE = 2000
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_CREDENTIALS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s]+(?=@)|(?i:(?<=signature=))[^&\s]+")
+CREDENTIALS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s]+(?=@)|(?i:(?<=signature=))[^&\s]+")
 """Tokens of the hub; names and passwords in addresses; signatures of addresses that are good for a while."""
 
 
@@ -37,7 +37,7 @@ def one_safe_line(text: str) -> str:
     for name in SECRET_VARIABLES:
         secret = os.environ.get(name, "")
         text = text.replace(secret, "***") if len(secret) >= 8 else text
-    text = " ".join(line.strip() for line in _CREDENTIALS.sub("***", text).splitlines())
+    text = " ".join(line.strip() for line in CREDENTIALS.sub("***", text).splitlines())
     text = "".join(ascii(mark)[1:-1] if unicodedata.category(mark) in ("Cc", "Cf", "Cs") else mark for mark in text)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 300]} ... {text[-280:]}"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_a
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lm_saes.errors import ConfigError, did_you_mean
+from lm_saes.errors import CREDENTIALS, ConfigError, LmSaesError, did_you_mean
 from lm_saes.files import LARGEST_TABLE, parse_json, values_within
 
 if TYPE_CHECKING:
@@ -63,10 +63,33 @@ def _is_number(annotation: Any) -> bool:
     return bool(parts & {int, float}) and bool not in parts
 
 
+def _check_text(name: str, value: Any) -> None:
+    """Text in a configuration ends in file names, in a run's folder and in logs, so it holds nothing that breaks the first and no key or password.
+
+    Raises:
+        ValueError: a character that is none (NUL, half of a surrogate pair).
+        LmSaesError: credentials. (Not a ValueError: pydantic would quote the value.)
+    """
+    if isinstance(value, str):
+        if CREDENTIALS.search(value):
+            raise LmSaesError(
+                f"{name} holds a key or a password, and settings are written to the run's folder; pass it as HF_TOKEN or WANDB_API_KEY in the environment"
+            )
+        if "\0" in value or any("\ud800" <= mark <= "\udfff" for mark in value):
+            raise ValueError(f"{name} holds a character that is no text, got {value[:100]!r}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_text(name, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(name, key)
+            _check_text(name, item)
+
+
 class BaseConfig(BaseModel):
     """Base of every configuration: frozen, strict about names, with `replace` for a validated copy."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, use_enum_values=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, use_enum_values=False, allow_inf_nan=False)
 
     _dtype_fields: ClassVar[frozenset[str]] = frozenset()
 
@@ -84,6 +107,7 @@ class BaseConfig(BaseModel):
                     raise ValueError(f"{cls.__name__} has no field '{name}'{did_you_mean(str(name), cls.model_fields)}")
                 if isinstance(data[name], bool) and _is_number(cls.model_fields[name].annotation):  # pydantic would take true for 1
                     raise ValueError(f"{name} needs a number, got {str(data[name]).lower()}")
+                _check_text(name, data[name])
         return data
 
     if not TYPE_CHECKING:
@@ -249,9 +273,14 @@ def one_line(error: ValidationError) -> str:
     where = ".".join(str(part) for part in _without_tags(first["loc"]))
     what = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = f" (got {given!r})" if first["type"] not in {"value_error", "missing"} and not isinstance(given, Mapping) else ""
+    shown = f" (got {_shown(given)})" if first["type"] not in {"value_error", "missing"} and not isinstance(given, Mapping) else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {what}{shown}{more}" if where else f"{what}{shown}{more}"
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else shown[:197] + "..."
 
 
 def _without_tags(location: Sequence[int | str]) -> list[int | str]:
