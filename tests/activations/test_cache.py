@@ -136,7 +136,7 @@ def test_a_folder_that_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="the activations on disk have no hook point x; they have"):
         open_activations(str(tmp_path), ["x"])
     (tmp_path / MANIFEST_FILE).write_text("[]")
-    with pytest.raises(CacheError, match="must hold a table, got list"):
+    with pytest.raises(CacheError, match="must hold a JSON object, got list"):
         ActivationCache(tmp_path)
 
 

@@ -24,6 +24,7 @@ from lm_saes.activations.mix import Mix
 from lm_saes.activations.padding import forward_cost, groups_by_length
 from lm_saes.activations.stream import State, Stream, nested, part
 from lm_saes.activations.tokens import Tokens
+from lm_saes.lm.language_model import forward_errors
 
 if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
@@ -118,16 +119,20 @@ class ActivationCapture:
         """The hook points' activations [B, S, D]; zero at padding."""
         if not self._hook_points:
             return {}
+        with forward_errors(self._model.cfg.model_name, tokens.ids):
+            return self._captured(tokens)
+
+    def _captured(self, tokens: Tokens) -> dict[str, Tensor]:
         lengths = tokens.attention_mask.sum(1).tolist()
         if min(lengths) == tokens.ids.shape[1]:
-            captured = self._model.capture(tokens.ids.to(self._model.device), None, self._hook_points)
+            captured = self._model.capture(tokens.ids, None, self._hook_points)
             return {hook: self._cast(captured[hook]) for hook in self._hook_points}
         activations: dict[str, Tensor] = {}
         for group in groups_by_length(lengths, forward_cost(self._model.device)):
             rows, longest = torch.tensor(group), max(lengths[row] for row in group)  # rows are padded on the right
             attended = tokens.attention_mask[rows, :longest]
             mask = None if bool(attended.all()) else attended.to(self._model.device)
-            captured = self._model.capture(tokens.ids[rows, :longest].to(self._model.device), mask, self._hook_points)
+            captured = self._model.capture(tokens.ids[rows, :longest], mask, self._hook_points)
             rows = rows.to(self._model.device)
             for hook, values in captured.items():
                 values = self._cast(values) if mask is None else self._cast(values).masked_fill(~mask[..., None], 0)

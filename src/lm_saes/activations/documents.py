@@ -13,13 +13,14 @@ import itertools
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from lm_saes.activations.stream import State
-from lm_saes.errors import DataError, did_you_mean
+from lm_saes.errors import DataError, LmSaesError, did_you_mean
 from lm_saes.files import parse_json
 
 PIECE_CHARACTERS = 1_000_000
@@ -57,7 +58,7 @@ class Field(NamedTuple):
     def document(self, name: str, value: Any) -> Document:
         """The document that one cell holds. An absent text is an empty document."""
         if self.tokenized:
-            if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(token, int) and token >= 0 for token in value):
+            if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(token, int) and 0 <= token < 2**31 for token in value):
                 raise DataError(f"{name}: a tokenised dataset holds lists of token ids (integers, not negative), got {_shown(value)}")
             return Document(name, ids=list(value))
         if value is not None and not isinstance(value, str):
@@ -88,6 +89,21 @@ class Documents(ABC):
         return (self[index] for index in range(len(self)))
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever a library or the disk raises while a document is read, in one line.
+
+    Raises:
+        DataError: naming the document.
+    """
+    try:
+        yield
+    except (LmSaesError, StopIteration, IndexError):
+        raise
+    except Exception as error:
+        raise DataError(f"cannot read {name}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
 class ListedDocuments(Documents):
     """Texts (or lists of token ids) in memory, named by their position. `repaired`: they were decoded with replacement characters."""
 
@@ -113,10 +129,8 @@ class FileDocuments(Documents):
 
     def __getitem__(self, index: int) -> Document:
         path = self._paths[index]
-        try:
+        with reading(str(path)):
             data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
         text, repaired = decoded(data)
         return Document(path.relative_to(self._root).as_posix(), text, repaired=repaired)
 
@@ -127,7 +141,7 @@ class JsonLinesDocuments(Documents):
     def __init__(self, path: Path, field: Field) -> None:
         self._path, self._field = path, field
         self._numbers, self._starts = array("q"), array("q")  # of each line: its number in the file, the byte at which it begins
-        with path.open("rb") as file:
+        with reading(str(path)), path.open("rb") as file:
             start = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -139,7 +153,7 @@ class JsonLinesDocuments(Documents):
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Document:
-        with self._path.open("rb") as file:
+        with reading(str(self._path)), self._path.open("rb") as file:
             file.seek(self._starts[index])
             line, repaired = decoded(file.readline())
         return json_document(f"{self._path.name}:{self._numbers[index]}", line, self._field, repaired)
@@ -157,7 +171,10 @@ class TableDocuments(Documents):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Document:
-        document = self._field.document(f"{self._name}[{index}]", self._rows[index][self._column])
+        name = f"{self._name}[{index}]"
+        with reading(name):
+            value = self._rows[index][self._column]
+        document = self._field.document(name, value)
         return document._replace(repaired=self._repaired and "\ufffd" in document.text)
 
 
@@ -261,8 +278,9 @@ class _Sequential:
         self._position = 0
 
     def read(self) -> Document:
-        row = next(self._rows)
         name = f"{self._source.name}[{self._position}]"
+        with reading(name):
+            row = next(self._rows)
         self._position += 1
         return record_document(name, row, self._source.field)
 

@@ -31,7 +31,7 @@ from lm_saes.activations.documents import (
 from lm_saes.config import DatasetConfig
 from lm_saes.demo import corpus
 from lm_saes.errors import ConfigError, DataError, did_you_mean
-from lm_saes.files import parse_json
+from lm_saes.files import inside, parse_json, read_json_object
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
@@ -120,6 +120,7 @@ def _on_disk(cfg: DatasetConfig, field: Field) -> Documents:
         raise DataError(f"no folder at {place}; is_dataset_on_disk wants one that datasets.Dataset.save_to_disk wrote")
     import datasets
 
+    _check_names(Path(place))
     try:
         table = datasets.load_from_disk(place)
     except Exception as error:
@@ -132,6 +133,21 @@ def _on_disk(cfg: DatasetConfig, field: Field) -> Documents:
     elif cfg.split != "train":
         raise ConfigError(f"{place} was saved without splits: leave split out (got split = '{cfg.split}')")
     return TableDocuments(Path(place).name, table, field)
+
+
+def _check_names(folder: Path) -> None:
+    """The files and splits that a saved dataset names are in its folder. Raises `DataError`."""
+    if (splits := folder / "dataset_dict.json").is_file():
+        table = read_json_object(splits, DataError)
+        for name in _listed(table.get("splits")):
+            _check_names(inside(folder, name, DataError, str(splits)))
+    if (state := folder / "state.json").is_file():
+        for entry in _listed(read_json_object(state, DataError).get("_data_files")):
+            inside(folder, entry.get("filename") if isinstance(entry, dict) else entry, DataError, str(state))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _files(place: str, cfg: DatasetConfig, field: Field) -> Documents:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from lm_saes.config import LanguageModelConfig
 from lm_saes.devices import resolve_device
-from lm_saes.errors import LanguageModelError
+from lm_saes.errors import LanguageModelError, LmSaesError
+from lm_saes.files import inside, read_json_object
 from lm_saes.hub import explain
 from lm_saes.lm import tokenization
 from lm_saes.lm.demo import DEMO_NAME, demo_folder
 from lm_saes.lm.hook_points import HookPoints
 from lm_saes.lm.hooks import capture, edited, evaluating
-from lm_saes.lm.language_model import MLP, Edit, LanguageModel
+from lm_saes.lm.language_model import MLP, Edit, LanguageModel, forward_errors
 
 _MLP_ROWS = 1024
 """Rows that go through an MLP at a time."""
@@ -113,7 +113,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         sites = {hook_point: self.hook_points.site(hook_point) for hook_point in hook_points}
         if not sites:
             return {}
-        with evaluating(self.model):
+        with forward_errors(self.cfg.model_name, ids), evaluating(self.model):
             captured = capture(self.model, sites, lambda: self.model(**inputs))
         return {name: tensor.to(self.device) for name, tensor in captured.items()}
 
@@ -121,7 +121,8 @@ class HuggingFaceLanguageModel(LanguageModel):
     def logits(self, ids: Tensor, attention_mask: Tensor | None = None, edits: Mapping[str, Edit] | None = None) -> Tensor:
         inputs = self.inputs(ids, attention_mask)
         sites = {name: (self.hook_points.site(name), edit) for name, edit in (edits or {}).items()}
-        with evaluating(self.model), edited(self.model, sites):
+        errors = nullcontext() if edits else forward_errors(self.cfg.model_name, ids)  # what an edit raises is its own
+        with errors, evaluating(self.model), edited(self.model, sites):
             if self.is_causal:
                 output = self.model(**inputs)
             else:
@@ -244,15 +245,29 @@ def load_tokenizer(cfg: LanguageModelConfig) -> Any:
     try:
         with _quiet():
             return transformers.AutoTokenizer.from_pretrained(location, **_source(cfg))
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # of transformers, tokenizers, the hub and the disk: they have no common base
         raise explain(error, location, "the tokenizer") from None
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def _check_index(folder: Path) -> None:
+    """The index of a model cut into several files names files in its folder only. (What comes from the hub is checked by its client.)
+
+    Raises:
+        LanguageModelError: it names others, or is not an index.
+    """
+    for path in folder.glob("*.safetensors.index.json"):
+        names = read_json_object(path, LanguageModelError).get("weight_map")
+        for name in set(map(str, names.values())) if isinstance(names, dict) else ():
+            inside(folder, name, LanguageModelError, str(path))
+
+
 def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
     location = _location(cfg)
+    if Path(location).is_dir():
+        _check_index(Path(location))
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(location, **_source(cfg))
@@ -262,7 +277,9 @@ def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
             loaded: Any = auto.from_pretrained(
                 location, config=config, dtype=cfg.dtype, use_safetensors=True, output_loading_info=True, **_source(cfg)
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except LmSaesError:
+        raise
+    except Exception as error:  # as for the tokenizer
         raise explain(error, location, "the model") from None
     model, report = loaded
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's pooler comes after the last hidden state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_saes.config import LanguageModelConfig
-from lm_saes.errors import DataError, LanguageModelError
+from lm_saes.errors import DataError, LanguageModelError, LmSaesError
 from lm_saes.lm import tokenization
 from lm_saes.lm.tokenization import TokenizedText
 
@@ -39,6 +40,25 @@ class MLP(NamedTuple):
     """[M, D]: the direction that each hidden neuron (with a gated MLP: its gate) reads; None for a mixture of experts."""
     respond: Callable[[Tensor], Tensor]
     """[N, D] -> [N, D]: what it gives for rows of its input, in float32 on the rows' device."""
+
+
+@contextmanager
+def forward_errors(name: str, ids: Tensor) -> Iterator[None]:
+    """What a forward raises on rows of ids, in one line.
+
+    Raises:
+        LanguageModelError: whatever it was; the cause is kept.
+    """
+    try:
+        yield
+    except LmSaesError:
+        raise
+    except Exception as error:  # code of a model may raise anything
+        rows, positions = ids.shape
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+        fix = "lower model_batch_size or context_size" if out_of_memory else "what was written before is kept; run again to go on (train: --resume)"
+        what = "ran out of memory" if out_of_memory else f"failed ({type(error).__name__}: {str(error)[:300]})"
+        raise LanguageModelError(f"the language model {name} {what} on {rows} rows of {positions} tokens; {fix}") from error
 
 
 class LanguageModel(ABC):
