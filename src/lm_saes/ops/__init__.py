@@ -72,7 +72,7 @@ def explain() -> str:
         "reference": "reference, the definition in plain torch",
         "sparse": "sparse, without dense codes, in torch",
         "native": f"native, without dense codes: {native.describe()}",
-        "screened": f"screened, without dense codes, selection from a bfloat16 product with certain bounds: {native.describe()}",
+        "screened": f"screened, without dense codes, selection from a product in low precision with certain bounds: {native.describe()}",
     }[chosen]
     if asked != "auto":
         return f"ops: {how} ({ENVIRONMENT_VARIABLE}={asked})"

@@ -21,7 +21,8 @@ from lm_saes.ops.native.kernels import (
     topk,
 )
 from lm_saes.ops.native.library import ENVIRONMENT_VARIABLE, Unavailable
-from lm_saes.ops.native.screening import ScreenedEncoder, worthwhile
+from lm_saes.ops.native.products import Bfloat16, Integers, bfloat16_pays, integers_pay
+from lm_saes.ops.native.screening import ScreenedEncoder
 
 
 def available() -> bool:
@@ -43,11 +44,11 @@ def describe() -> str:
 
 
 def screening_pays() -> bool:
-    """Whether bfloat16 products are faster than float32 ones on this processor; by its features, hence the same in every run."""
-    return worthwhile()
+    """Whether products in low precision are faster than float32 ones on this processor; by its features, hence the same in every run."""
+    return integers_pay() or bfloat16_pays()
 
 
 __all__ = [
-    "ENVIRONMENT_VARIABLE", "ScreenedEncoder", "above", "applies", "available", "by_latent", "describe", "entry_dots", "gather_sum",
-    "latent_sums", "reconstruct", "screening_pays", "topk",
+    "ENVIRONMENT_VARIABLE", "Bfloat16", "Integers", "ScreenedEncoder", "above", "applies", "available", "bfloat16_pays", "by_latent", "describe",
+    "entry_dots", "gather_sum", "integers_pay", "latent_sums", "reconstruct", "screening_pays", "topk",
 ]  # fmt: skip

@@ -49,6 +49,7 @@ AVX512 = (
     "-mavx512cd",
     "-mavx512dq",
     "-mavx512vl",
+    "-mavx512vnni",
     "-mprefer-vector-width=512",
 )
 TIME_LIMIT = 300

@@ -14,7 +14,7 @@ from lm_saes.errors import ConfigError
 from lm_saes.ops.native import build
 
 ENVIRONMENT_VARIABLE = "LM_SAES_NATIVE_ISA"
-_AVX2, _AVX512, _FAST_BFLOAT16 = 1, 2, 4  # bits of lm_saes_features
+_AVX2, _AVX512, _FAST_BFLOAT16, _MATRIX_UNIT = 1, 2, 4, 8  # bits of lm_saes_features
 _NEEDED = {"avx512": _AVX512, "avx2": _AVX2, "generic": 0}
 
 _pointer, _int64, _int, _float = (
@@ -34,6 +34,9 @@ _SIGNATURES = {
     "latent_sums": [_pointer] * 5 + [_int64] * 2 + [_int] + [_pointer] + [_int],
     "screen_weights": [_pointer] + [_int64] * 2 + [_pointer] * 4 + [_int],
     "screen_rows": [_pointer] * 2 + [_int64] * 2 + [_pointer] * 3 + [_int],
+    "integer_weights": [_pointer] + [_int64] * 2 + [_pointer] * 5 + [_int],
+    "integer_rows": [_pointer] * 2 + [_int64] * 2 + [_pointer] * 5 + [_int],
+    "integer_product": [_pointer] * 5 + [_int64] * 3 + [_pointer] + [_int],
     "screened_topk": [_pointer] * 10 + [_float] + [_int64] * 5 + [_pointer] * 3 + [_int],
     "screened_count": [_pointer] * 8 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] + [_int],
     "screened_above": [_pointer] * 10 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] * 6 + [_int],
@@ -79,6 +82,11 @@ def _possible() -> list[str]:
 def has_fast_bfloat16() -> bool:
     """Whether a bfloat16 matrix product is worth having on this processor: by its features, hence the same in every run."""
     return bool(_open("generic").lm_saes_features() & _FAST_BFLOAT16)
+
+
+def has_fast_integers() -> bool:
+    """Whether products of 8-bit integers are faster than bfloat16 and float32 ones: AVX-512 without a matrix unit."""
+    return instruction_set() == "avx512" and not _open("generic").lm_saes_features() & _MATRIX_UNIT
 
 
 def threads() -> str:

@@ -3,41 +3,44 @@
 // Where a bound is not finite the entry is a candidate; a row with too many candidates is left to the caller. So the entries selected
 // are those that float32 selects, with the values that it gives, whatever the numbers are.
 
-#include "screen.h"
-
-#include <cstdlib>
-
-#include "gather.h"
+#include "products.h"
 #include "threads.h"
 
 namespace {
 
 constexpr int64_t LATENTS = 64;  // that a thread rounds and transposes at a time: whole lines of W, and a block that stays in cache
 
+constexpr int64_t BLOCK = 240;  // rows that a thread takes at a time, at most: they stay in its cache while what they want is computed
+
+// So many that each thread has something to do.
+inline int64_t rows_at_a_time(int64_t n_rows, int threads) {
+    const int64_t share = (n_rows + threads - 1) / threads;
+    return share < ROWS ? ROWS : share < BLOCK ? share : BLOCK;
+}
+
+// The candidates of a row, by ascending latent, and what is known of those of a block of rows.
 struct Scratch {
-    explicit Scratch(int64_t n_latents) {
-        const size_t room = static_cast<size_t>(n_latents + LANES);
-        memory = static_cast<int32_t*>(malloc(6 * sizeof(int32_t) * room));
+    explicit Scratch(const Screen& screen) : likely(screen), others(screen) {
+        const size_t room = static_cast<size_t>(screen.n_latents + LANES);
+        memory = static_cast<int32_t*>(malloc(4 * sizeof(int32_t) * room));
         found = {memory, memory + room, reinterpret_cast<float*>(memory + 2 * room), 0};
         bounds = reinterpret_cast<float*>(memory + 3 * room);
-        exact = reinterpret_cast<float*>(memory + 4 * room);
-        chosen = memory + 5 * room;
     }
     ~Scratch() { free(memory); }
     Scratch(const Scratch&) = delete;
 
     int32_t* memory;
     Candidates found;
-    float* bounds;    // the largest gate value that a candidate may have
-    float* exact;     // scalar products
-    int32_t* chosen;  // the latents whose products are wanted
-};
+    float* bounds;  // the largest gate value that a candidate may have
 
-// Pre-activations in float32 of the chosen latents.
-void compute(const Screen& screen, const float* x, const int32_t* latents, int64_t n, float* h) {
-    dots_with_rows(x, screen.transposed, latents, n, screen.width, h);
-    for (int64_t i = 0; i < n; i++) h[i] += screen.bias[latents[i]];
-}
+    struct Unlikely {
+        int32_t latent;
+        float bound;
+    };
+    Products likely, others;
+    List<Unlikely> unlikely;
+    int64_t likely_end[BLOCK], unlikely_end[BLOCK], others_end[BLOCK];
+};
 
 // Candidates of one row by ascending latent, with their bounds, and in place of keys those of the approximate gate values.
 // Returns how many there are, which may be more than `most` that it keeps.
@@ -66,53 +69,63 @@ int64_t find_candidates(const Row& row, int64_t k, int64_t most, Scratch& scratc
     return n;
 }
 
-// The k largest of a row; how many products that took, or -1 if there were more candidates than `most`.
-int64_t topk_row(const Row& row, const float* x, int64_t k, int64_t most, Scratch& scratch, float* values, int64_t* indices) {
+// The k largest of some rows; how many products each took, or -1 if there were more candidates than `most`.
+//
+// First those products are made that are largest as far as one knows. The least of their gate values is a bound that few of the others may reach,
+// and these are made then.
+template <class RowOf>
+void topk_rows(
+    const Screen& screen, const RowOf& row_of, const float* x, int64_t n_rows, int64_t k, int64_t most, Scratch& scratch, float* values,
+    int64_t* indices, int64_t* products) {
     Candidates& found = scratch.found;
-    const int64_t n = find_candidates(row, k, most, scratch);
-    if (n > most) return -1;
-    // First those that are largest as far as one knows. The least of their exact gate values is a bound that few of the others may reach.
-    for (int64_t i = n; i < padded(n); i++) found.keys[i] = 0;
-    const int32_t likely = n > k ? kth_largest(found.keys, padded(n), k, 0) : 0;
-    int64_t n_chosen = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (found.keys[i] >= likely) scratch.chosen[n_chosen++] = found.latents[i];
-    }
-    compute(row.screen, x, scratch.chosen, n_chosen, scratch.exact);
-    float least = n > k ? __builtin_inff() : 0;
-    int64_t products = n_chosen;
-    for (int64_t i = 0, at = 0; i < n; i++) {
-        if (found.keys[i] < likely) continue;
-        const float q = row.gate(scratch.exact[at], found.latents[i]);
-        least = q > 0 ? (q < least ? q : least) : 0;
-        found.values[i] = scratch.exact[at++];
-        found.keys[i] = key_of(q);
-        scratch.bounds[i] = -1;  // done
-    }
-    n_chosen = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (scratch.bounds[i] == -1) continue;
-        found.keys[i] = 0;
-        if (!(scratch.bounds[i] < least)) scratch.chosen[n_chosen++] = found.latents[i];
-    }
-    compute(row.screen, x, scratch.chosen, n_chosen, scratch.exact);
-    products += n_chosen;
-    found.n = 0;
-    for (int64_t i = 0, at = 0; i < n; i++) {
-        const int32_t latent = found.latents[i];
-        int32_t key = found.keys[i];
-        float value = found.values[i];
-        if (at < n_chosen && scratch.chosen[at] == latent) {
-            value = scratch.exact[at++];
-            key = key_of(row.gate(value, latent));
+    scratch.likely.clear(), scratch.others.clear(), scratch.unlikely.clear();
+    for (int64_t i = 0; i < n_rows; i++) {
+        const int64_t n = find_candidates(row_of(i), k, most, scratch);
+        products[i] = n > most ? -1 : 0;
+        if (n <= most) {
+            for (int64_t c = n; c < padded(n); c++) found.keys[c] = 0;
+            const int32_t bound = n > k ? kth_largest(found.keys, padded(n), k, 0) : 0;
+            for (int64_t c = 0; c < n; c++) {
+                if (found.keys[c] >= bound) {
+                    scratch.likely.want(i, found.latents[c]);
+                } else {
+                    scratch.unlikely.add({found.latents[c], scratch.bounds[c]});
+                }
+            }
         }
-        if (key == 0) continue;
-        found.keys[found.n] = key;
-        found.values[found.n] = value;
-        found.latents[found.n++] = latent;
+        scratch.likely_end[i] = scratch.likely.size();
+        scratch.unlikely_end[i] = scratch.unlikely.size();
     }
-    take_largest(found, k, values, indices);
-    return products;
+    scratch.likely.compute(x);
+    for (int64_t i = 0, l = 0, u = 0; i < n_rows; i++) {
+        float least = u < scratch.unlikely_end[i] ? __builtin_inff() : 0;
+        for (; l < scratch.likely_end[i]; l++) {
+            const float q = screen.gate(scratch.likely.h(l), scratch.likely.latent(l));
+            least = q > 0 ? (q < least ? q : least) : 0;
+        }
+        for (; u < scratch.unlikely_end[i]; u++) {
+            if (!(scratch.unlikely[u].bound < least)) scratch.others.want(i, scratch.unlikely[u].latent);
+        }
+        scratch.others_end[i] = scratch.others.size();
+    }
+    scratch.others.compute(x);
+    for (int64_t i = 0, l = 0, o = 0; i < n_rows; i++) {
+        const int64_t l_end = scratch.likely_end[i], o_end = scratch.others_end[i];
+        if (products[i] < 0) continue;
+        products[i] = l_end - l + o_end - o;
+        found.n = 0;
+        while (l < l_end || o < o_end) {
+            const bool from_likely = o == o_end || (l < l_end && scratch.likely.latent(l) < scratch.others.latent(o));
+            const int32_t latent = from_likely ? scratch.likely.latent(l) : scratch.others.latent(o);
+            const float h = from_likely ? scratch.likely.h(l++) : scratch.others.h(o++);
+            const int32_t key = key_of(screen.gate(h, latent));
+            found.keys[found.n] = key;
+            found.values[found.n] = h;
+            found.latents[found.n] = latent;
+            found.n += key > 0;
+        }
+        take_largest(found, k, values + i * k, indices + i * k);
+    }
 }
 
 // What `above` looks for: q > floor and h > 0, with one floor or one for each latent. Calls found(j) for all that may be.
@@ -202,11 +215,12 @@ void lm_saes_screened_topk(
     const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, int64_t n_rows, int64_t width,
     int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices, int64_t* products, int threads) {
     const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
-    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
-        Scratch scratch(n_latents);
-        for (int64_t i = begin; i < end; i++) {
-            const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
-            products[i] = topk_row(row, x + i * width, k, most, scratch, values + i * k, indices + i * k);
+    for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
+        Scratch scratch(screen);
+        for (int64_t i = begin; i < end; i += BLOCK) {
+            const int64_t n = end - i < BLOCK ? end - i : BLOCK;
+            const auto row = [&](int64_t r) { return Row(screen, product + (i + r) * n_latents, row_norms[i + r], row_errors[i + r]); };
+            topk_rows(screen, row, x + i * width, n, k, most, scratch, values + i * k, indices + i * k, products + i);
         }
     });
 }
@@ -233,23 +247,31 @@ void lm_saes_screened_above(
     int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices,
     float* values, float* gates, int threads) {
     const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
-    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
-        Scratch scratch(n_latents);
-        for (int64_t i = begin; i < end; i++) {
-            if (skip[i]) continue;
-            const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
-            int64_t n = 0, at = offsets[i];
-            find_possible(row, floors, floor, [&](int64_t j) { scratch.chosen[n++] = static_cast<int32_t>(j); });
-            compute(screen, x + i * width, scratch.chosen, n, scratch.exact);
-            for (int64_t c = 0; c < n; c++) {
-                const int64_t j = scratch.chosen[c];
-                const float h = scratch.exact[c], q = row.gate(h, j);
-                if (!(q > (floors ? floors[j] : floor) && h > 0)) continue;
-                indices[at] = j;
-                values[at] = h;
-                gates[at++] = q;
+    for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
+        Products possible(screen);
+        for (int64_t top = begin; top < end; top += BLOCK) {
+            const int64_t stop = top + BLOCK < end ? top + BLOCK : end;
+            possible.clear();
+            int64_t ends[BLOCK];
+            for (int64_t i = top; i < stop; i++) {
+                const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
+                if (!skip[i]) find_possible(row, floors, floor, [&](int64_t j) { possible.want(i - top, j); });
+                ends[i - top] = possible.size();
             }
-            counts[i] = at - offsets[i];
+            possible.compute(x + top * width);
+            for (int64_t i = top, c = 0; i < stop; i++) {
+                if (skip[i]) continue;
+                int64_t at = offsets[i];
+                for (; c < ends[i - top]; c++) {
+                    const int64_t j = possible.latent(c);
+                    const float h = possible.h(c), q = screen.gate(h, j);
+                    if (!(q > (floors ? floors[j] : floor) && h > 0)) continue;
+                    indices[at] = j;
+                    values[at] = h;
+                    gates[at++] = q;
+                }
+                counts[i] = at - offsets[i];
+            }
         }
     });
 }

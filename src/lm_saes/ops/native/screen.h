@@ -1,14 +1,15 @@
-// What bounds the gate values of a row, given their products in bfloat16.
+// What bounds the gate values of a row, given their products in low precision.
 //
-// Let m be any vector, y = x - m, y~ and w~ be y and w rounded to bfloat16, and s the product of y~ and w~ as the matrix product returns
-// it, in bfloat16. Then
+// Let m be any vector, y = x - m, y~ and w~ be y and w rounded, to bfloat16 or (rotated, integers.h) to 8-bit integers, and s the product of
+// y~ and w~ as it was returned, in bfloat16. Then
 //     |y.w - s|  <=  |y - y~| |w~|  +  |y| |w - w~|  +  g |y~| |w~|  +  2^-8 |s|
 // by Cauchy and Schwarz; the third term bounds the rounding of a float32 sum of D terms in any order (g = D 2^-24 and some), the last
 // one that of the result. The errors y - y~ and w - w~ are those that were made, not the largest there could be. With m the mean of the
 // activations, which is most of them in many layers, y is much shorter than x.
 //
 // What decides in the end is a float32 result, dot(x, w) + b, and what the bounds are around is s + c, with c = m.w + b in float32. The
-// rounding of both comes to less than g (|y| + 2 |m|) |w| + g |c|, so that 2 g (|y| + |m|) covers it together with the third term.
+// rounding of both comes to less than g (|y| + 2 |m|) |w| + g |c|, so that 2 g (|y| + |m|) covers it together with the third term. A product
+// of integers has no third term, but y and w were rotated, which rounds: that comes to less.
 #pragma once
 
 #include "select.h"
@@ -28,6 +29,8 @@ struct Screen {
     const float* gate_norm;   // [F], or null
     float centre;             // |m|
     int64_t width, n_latents;
+
+    float gate(float h, int64_t j) const { return gate_norm ? h * gate_norm[j] : h; }
 };
 
 // |v| from the sum of its squares, with what squares too small for a float would have added.
@@ -37,7 +40,7 @@ class Row {
 public:
     Row(const Screen& screen, const uint16_t* products, float norm, float error) : screen(screen), products(products) {
         // Norms were summed in float32 and the bounds are computed in it: `more` covers that.
-        const double g = 2.02 * static_cast<double>(screen.width + 8) / (1 << 24), more = (1 + g) * (1 + g);
+        const double g = 2.02 * static_cast<double>(screen.width + 40) / (1 << 24), more = (1 + g) * (1 + g);
         const double rounding = g * (static_cast<double>(norm) + error + screen.centre);
         norm_factor = static_cast<float>(more * (error + rounding));
         error_factor = static_cast<float>(more * (norm + rounding));
@@ -63,7 +66,7 @@ public:
     Floats gate(Floats h, int64_t j) const {
         return screen.gate_norm ? h * read<TAIL>(screen.gate_norm, j, screen.n_latents) : h;
     }
-    float gate(float h, int64_t j) const { return screen.gate_norm ? h * screen.gate_norm[j] : h; }
+    float gate(float h, int64_t j) const { return screen.gate(h, j); }
 
     const Screen& screen;
 

@@ -1,28 +1,23 @@
-"""Screened selection: what the float32 encoder product would select, from a product in bfloat16 and a few exact ones.
+"""Screened selection: what the float32 encoder product would select, from a product in low precision and a few exact ones.
 
-Some processors multiply bfloat16 matrices in less than half the time. The rounded product cannot be trusted with the selection, but it
-bounds each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. The candidates,
-few more than are selected, are computed in float32, and those values decide. So the selection and the values are those of a float32
-product, up to the rounding of a float32 product; nothing is left to chance. Rows with too many candidates get a float32 product.
-
-What is taken for granted: that torch adds up a bfloat16 product in float32, as oneDNN and torch's own loops do.
+Processors multiply matrices of short numbers several times faster. The rounded product cannot be trusted with the selection, but it bounds
+each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. The candidates, some more
+than are selected, are computed in float32, and those values decide. So the selection and the values are those of a float32 product, up to
+the rounding of a float32 product; nothing is left to chance. Rows with too many candidates get a float32 product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lm_saes.ops.native import library
 from lm_saes.ops.native.calls import check, run
 from lm_saes.ops.native.kernels import above, topk
+from lm_saes.ops.native.products import Rounding
 
-ROWS_AT_ONCE = 1024
-"""Tokens per product: 12 MB at 6144 latents."""
 CANDIDATES = 8
 """A row with more than F / 8 candidates gets a product of its own: computing so many of them one by one takes as long."""
 
@@ -59,26 +54,21 @@ class _Centre(NamedTuple):
     """m W + b."""
 
 
-def worthwhile() -> bool:
-    """Whether bfloat16 products are faster than float32 ones on this processor; by its features, hence the same in every run."""
-    return library.has_fast_bfloat16() and torch.backends.mkldnn.is_available()
-
-
 class ScreenedEncoder:
     """An encoder product of which only the largest entries are wanted: the weights, as screening needs them.
 
-    It holds until the weights change; `update` then makes a pass over them and reuses the memory: W again, and W in bfloat16.
+    It holds until the weights change; `update` then makes a pass over them and reuses the memory: W again, and W in low precision.
 
     Args:
         W: [D, F].
         b: [F].
         gate_norm: [F], what h is multiplied with for the gate value, at least 0; or None.
+        rounding: the kind of product, one of `products`.
     """
 
-    def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
+    def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None, rounding: type[Rounding]) -> None:
         width, n_latents = W.shape
-        self._transposed, self._rounded = (torch.empty(n_latents, width), torch.empty(width, n_latents, dtype=torch.bfloat16))
-        self._norms, self._errors = torch.empty(n_latents), torch.empty(n_latents)
+        self._transposed, self._rounding = torch.empty(n_latents, width), rounding(width, n_latents)
         self._most = min(n_latents, max(n_latents // CANDIDATES, 64))
         self.update(W, b, gate_norm)
 
@@ -87,7 +77,7 @@ class ScreenedEncoder:
         n_latents, width = self._transposed.shape
         check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
         self.W, self.b, self.gate_norm = (W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach())
-        run("screen_weights", self.W, width, n_latents, self._transposed, self._rounded, self._norms, self._errors)
+        self._rounding.update(self.W, self._transposed)
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
@@ -100,8 +90,8 @@ class ScreenedEncoder:
             return Selection(values, indices, products)
         centre = self._centre(x)
         most = min(n_latents, max(self._most, 2 * k))
-        for rows, bounds, product in self._blocks(x, centre):
-            arguments = (*bounds, product, self._transposed, *self._bounds(centre), len(product), width, n_latents, k, most)
+        for piece in self._rounding.of(x, centre.mean):
+            rows, arguments = piece.rows, (*piece[1:], self._transposed, *self._bounds(centre), len(piece.product), width, n_latents, k, most)
             run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
         left = (products < 0).nonzero().flatten()
         if len(left):
@@ -113,7 +103,7 @@ class ScreenedEncoder:
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
         centre = self._centre(x)
-        pieces = [self._above(x[rows], (*bounds, product), self._bounds(centre), floors, least) for rows, bounds, product in self._blocks(x, centre)]
+        pieces = [self._above(x[piece.rows], piece[1:], self._bounds(centre), floors, least) for piece in self._rounding.of(x, centre.mean)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
@@ -149,16 +139,4 @@ class ScreenedEncoder:
         return _Centre(mean, norm, torch.mv(self.W.t(), mean) + self.b)
 
     def _bounds(self, centre: _Centre) -> Arguments:
-        return (self._norms, self._errors, self.b, centre.product, self.gate_norm, centre.norm)
-
-    def _blocks(self, x: Float[Tensor, "N D"], centre: _Centre) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
-        """Rows, the norms of x - m and of its rounding errors there, and the bfloat16 product: a buffer that holds until the next block."""
-        n_rows, (width, n_latents) = len(x), self.W.shape
-        shape = min(n_rows, ROWS_AT_ONCE), n_latents
-        rounded, buffer = (torch.empty(shape[0], width, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16))
-        norms, errors = torch.empty(shape[0]), torch.empty(shape[0])
-        for start in range(0, max(n_rows, 1), ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
-            n = rows.stop - rows.start
-            run("screen_rows", x[rows], centre.mean, n, width, rounded, norms, errors)
-            yield (rows, (norms, errors), torch.mm(rounded[:n], self._rounded, out=buffer[:n]))
+        return (self._rounding.norms, self._rounding.errors, self.b, centre.product, self.gate_norm, centre.norm)

@@ -1,0 +1,105 @@
+// Vectors rotated and rounded to 8-bit integers, as the integer product (product.cpp) takes them.
+//
+// A few large components would take the whole range of 8 bits for themselves, and activations have such. An orthogonal transform Q of both
+// sides changes no scalar product, and a Hadamard matrix spreads each component over many: whatever the vector was, Q v looks like noise, of
+// which 8 bits keep two and a half digits (Chee et al. 2023, Ashkboos et al. 2024 do so with the weights of language models). Since the
+// width need not be a power of two, the first P components are transformed and then the last P, P the largest power of two in it, with
+// signs that differ from pass to pass and keep regular vectors from adding up.
+#pragma once
+
+#include <cstdlib>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t BYTES = 4;      // integers in a word
+constexpr int64_t TILE_ROWS = 12;  // tokens of a tile of the product
+constexpr int64_t TILE_LATENTS = 32;
+constexpr int64_t ZERO = 128;  // weights are kept as unsigned bytes, from here
+
+inline int64_t words(int64_t width) { return (width + BYTES - 1) / BYTES; }
+
+// +1 or -1, any but regular.
+inline float sign_of(int64_t d, uint32_t pass) {
+    uint32_t hash = static_cast<uint32_t>(d) * 0x9e3779b1u + pass * 0x85ebca6bu;
+    hash ^= hash >> 15;
+    hash *= 0x2c1b3c6du;
+    hash ^= hash >> 13;
+    return (hash * 0x297a2d39u) >> 31 ? -1.0f : 1.0f;
+}
+
+// Of LANES vectors at once, lane by lane: vectors[d] holds their components d.
+inline void hadamard(Floats* vectors, int64_t first, int64_t length, uint32_t pass) {
+    const float scale = 1 / __builtin_sqrtf(static_cast<float>(length));
+    for (int64_t d = 0; d < length; d++) vectors[first + d] *= scale * sign_of(first + d, pass);
+    for (int64_t half = 1; half < length; half *= 2) {
+        for (int64_t top = first; top < first + length; top += 2 * half) {
+            for (int64_t d = top; d < top + half; d++) {
+                const Floats left = vectors[d], right = vectors[d + half];
+                vectors[d] = left + right;
+                vectors[d + half] = left - right;
+            }
+        }
+    }
+}
+
+// Its rounding comes to less than (2 log2(width) + 4) 2^-24 of the length of a vector.
+inline void rotate(Floats* vectors, int64_t width) {
+    int64_t power = 1;
+    while (2 * power <= width) power *= 2;
+    hadamard(vectors, 0, power, 0);
+    if (power < width) hadamard(vectors, width - power, power, 1);
+}
+
+struct Rounded {
+    Floats scale;           // of each vector: an integer times it is the component
+    Floats squares, errors; // sums over the components as rounded, and of what rounding took away
+    Ints total;             // of the integers
+};
+
+// Rounds LANES rotated vectors; word(w, integers 4 w to 4 w + 3 of each vector, as bytes, with `zero` added).
+template <class Word>
+inline Rounded to_integers(const Floats* vectors, int64_t width, int32_t zero, const Word& word) {
+    constexpr float MOST = 127, TO_INTEGER = 0x1.8p23f;  // a sum with that keeps the nearest integer
+    Floats largest = {};
+    for (int64_t d = 0; d < width; d++) largest = larger(absolute(vectors[d]), largest);
+    Rounded rounded{};
+    Floats inverse;
+    for (int l = 0; l < LANES; l++) {
+        const float scale = largest[l] / MOST, one_over = 1 / scale;
+        const bool usable = scale > 0 && scale < __builtin_inff() && one_over > 0 && one_over < __builtin_inff();
+        rounded.scale[l] = usable ? scale : 0;  // then the whole vector is error
+        inverse[l] = usable ? one_over : 0;
+    }
+    for (int64_t w = 0; w < words(width); w++) {
+        Ints bytes = {};
+        for (int64_t i = 0; i < BYTES; i++) {
+            const int64_t d = w * BYTES + i;
+            Ints integers = {};
+            if (d < width) {
+                const Floats wanted = larger(-larger(-(vectors[d] * inverse), -MOST - Floats{}), -MOST - Floats{});  // NaN: -127
+                const Floats nearest = (wanted + TO_INTEGER) - TO_INTEGER, components = nearest * rounded.scale, error = vectors[d] - components;
+                rounded.squares += components * components;
+                rounded.errors += error * error;
+                integers = __builtin_convertvector(nearest, Ints);
+                rounded.total += integers;
+            }
+            bytes |= ((integers + zero) & 0xff) << (8 * static_cast<int32_t>(i));
+        }
+        word(w, bytes);
+    }
+    return rounded;
+}
+
+// Room for LANES vectors, aligned as they must be.
+struct Vectors {
+    explicit Vectors(int64_t width) { (void)!posix_memalign(&memory, 64, sizeof(Floats) * static_cast<size_t>(width)); }
+    ~Vectors() { free(memory); }
+    Vectors(const Vectors&) = delete;
+    operator Floats*() const { return static_cast<Floats*>(memory); }
+
+    void* memory = nullptr;
+};
+
+}  // namespace

@@ -1,0 +1,139 @@
+// The product of screening in 8-bit integers: four multiplications where float32 has one, and sums without rounding.
+//
+// Tokens and latents are rotated and rounded row by row (integers.h), each with a scale of its own; the product of their integers, times both
+// scales, is written in bfloat16, so that what reads it (screen.h) need not know which product it was.
+
+#include "integers.h"
+#include "screen.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t VECTORS = TILE_LATENTS / LANES;
+constexpr int64_t WORDS = TILE_LATENTS;  // of one step of a panel: four components of each latent
+
+// sums[lane] += the four products of the bytes of weights[lane], unsigned, with those of x, signed.
+inline void add_dots(Ints& sums, Ints weights, int32_t x) {
+#if defined(__AVX512VNNI__)
+    sums = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(x)));
+#else
+    for (int i = 0; i < BYTES; i++) sums += ((weights >> (8 * i)) & 0xff) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * i)));
+#endif
+}
+
+// Eight tokens by 48 latents. `x` has for each step the words of the eight tokens, `weights` those of the 48 latents.
+void tile(
+    const int32_t* x, const int32_t* weights, int64_t steps, const int32_t* totals, const float* row_scales, const float* scales, int64_t n_rows,
+    int64_t n_latents, int64_t stride, uint16_t* product) {
+    Ints sums[TILE_ROWS][VECTORS];
+    for (int r = 0; r < TILE_ROWS; r++) {
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = Ints{} - static_cast<int32_t>(ZERO) * totals[r];
+    }
+    for (int64_t step = 0; step < steps; step++) {
+        Ints fours[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            fours[v] = load(weights + step * WORDS + v * LANES);
+        }
+        for (int r = 0; r < TILE_ROWS; r++) {
+            for (int v = 0; v < VECTORS; v++) add_dots(sums[r][v], fours[v], x[step * TILE_ROWS + r]);
+        }
+    }
+    for (int64_t r = 0; r < n_rows; r++) {
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t first = v * LANES, n = n_latents - first;
+            if (n <= 0) break;
+            const Floats numbers = __builtin_convertvector(sums[r][v], Floats) * (row_scales[r] * load(scales + first));
+            uint16_t halves[LANES];
+            store_bfloat16(halves, to_bfloat16(numbers));
+            memcpy(product + r * stride + first, halves, sizeof(uint16_t) * static_cast<size_t>(n < LANES ? n : LANES));
+        }
+    }
+}
+
+inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+}  // namespace
+
+extern "C" {
+
+// Of W [D, F]: its transpose, and for each latent Q w rounded to integers (in panels of 48 latents: for each four components a word of every
+// latent), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for whole panels.
+void lm_saes_integer_weights(
+    const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, float* scales, float* norms, float* errors, int threads) {
+    for_pieces(tiles(n_latents, TILE_LATENTS), 1, threads, [=](int64_t begin, int64_t end) {
+        Vectors vectors(width);
+        for (int64_t panel = begin; panel < end; panel++) {
+            for (int64_t v = 0; v < VECTORS; v++) {
+                const int64_t first = panel * TILE_LATENTS + v * LANES, left = n_latents - first, n = left < LANES ? (left > 0 ? left : 0) : LANES;
+                for (int64_t d = 0; d < width; d++) {
+                    const float* const from = W + d * n_latents + first;
+                    if (d + 8 < width && n) __builtin_prefetch(from + 8 * n_latents);
+                    vectors[d] = n == LANES ? load(from) : load_tail(from, n);
+                }
+                for (int64_t l = 0; l < n; l++) {
+                    float* const to = transposed + (first + l) * width;
+                    for (int64_t d = 0; d < width; d++) to[d] = vectors[d][l];
+                }
+                rotate(vectors, width);
+                int32_t* const words_of = panels + panel * words(width) * WORDS + v * LANES;
+                const Rounded rounded =
+                    to_integers(vectors, width, ZERO, [=](int64_t w, Ints bytes) { store(words_of + w * WORDS, bytes); });
+                store(scales + first, rounded.scale);
+                for (int64_t l = 0; l < n; l++) {
+                    norms[first + l] = norm_of(rounded.squares[l], width);
+                    errors[first + l] = norm_of(rounded.errors[l], width);
+                }
+            }
+        }
+    });
+}
+
+// Of y = x - m, for x [n, D] and m [D]: Q y rounded to integers (in tiles of 8 tokens: for each four components a word of every token), for
+// each row their scale, their total, |y|, and the length of what rounding took away. Everything has room for whole vectors of rows.
+void lm_saes_integer_rows(
+    const float* x, const float* centre, int64_t n_rows, int64_t width, int32_t* rounded_rows, float* scales, int32_t* totals, float* norms,
+    float* errors, int threads) {
+    constexpr int64_t AT_ONCE = 3 * LANES;
+    for_pieces(tiles(n_rows, AT_ONCE), 1, threads, [=](int64_t begin, int64_t end) {
+        Vectors vectors(width);
+        for (int64_t top = begin * AT_ONCE; top < end * AT_ONCE; top += LANES) {
+            Floats squares = {};
+            for (int64_t l = 0; l < LANES; l++) {
+                const bool inside = top + l < n_rows;
+                for (int64_t d = 0; d < width; d++) vectors[d][l] = inside ? x[(top + l) * width + d] - centre[d] : 0;
+            }
+            for (int64_t d = 0; d < width; d++) squares += vectors[d] * vectors[d];
+            rotate(vectors, width);
+            const Rounded rounded = to_integers(vectors, width, 0, [=](int64_t w, Ints bytes) {
+                for (int64_t l = 0; l < LANES; l++) {
+                    const int64_t row = top + l;
+                    rounded_rows[row / TILE_ROWS * words(width) * TILE_ROWS + w * TILE_ROWS + row % TILE_ROWS] = bytes[l];
+                }
+            });
+            store(scales + top, rounded.scale);
+            store(totals + top, rounded.total);
+            for (int64_t l = 0; l < LANES && top + l < n_rows; l++) {
+                norms[top + l] = norm_of(squares[l], width);
+                errors[top + l] = norm_of(rounded.errors[l], width);
+            }
+        }
+    });
+}
+
+// The product [n, F] in bfloat16 of what the two functions above made.
+void lm_saes_integer_product(
+    const int32_t* rounded_rows, const float* row_scales, const int32_t* totals, const int32_t* panels, const float* scales, int64_t n_rows,
+    int64_t width, int64_t n_latents, uint16_t* product, int threads) {
+    const int64_t steps = words(width);
+    for_pieces(tiles(n_latents, TILE_LATENTS), 4, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; panel++) {
+            const int64_t first = panel * TILE_LATENTS;
+            for (int64_t top = 0; top < n_rows; top += TILE_ROWS) {
+                tile(
+                    rounded_rows + top * steps, panels + panel * steps * WORDS, steps, totals + top, row_scales + top, scales + first,
+                    n_rows - top < TILE_ROWS ? n_rows - top : TILE_ROWS, n_latents - first, n_latents, product + top * n_latents + first);
+            }
+        }
+    });
+}
+}
