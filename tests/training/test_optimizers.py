@@ -9,7 +9,7 @@ from torch import nn
 
 from lm_saes.config import TrainerConfig
 from lm_saes.errors import RunFolderError
-from lm_saes.training.optimizers import MaskedAdam, gradient_norms, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_lr
+from lm_saes.training.optimizers import MaskedAdam, clip_gradients, gradient_norms, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_lr
 
 
 def numpy_masked_adam(p, gradients, lr, betas, eps=1e-8):
@@ -122,3 +122,22 @@ def test_state_of_another_optimizer_or_shape_is_refused():
         load_optimizer_tensors(optimizer, names, {"W/exp_avg": torch.ones(4)})
     with pytest.raises(RunFolderError, match="does not fit"):
         load_optimizer_tensors(optimizer, names, {"other/exp_avg": torch.ones(3)})
+
+
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+@pytest.mark.parametrize("fused", [False, True])
+def test_clipping_limits_the_global_norm_of_what_adam_sees(limit, fused):
+    torch.manual_seed(0)
+    parameters, wanted = ([torch.nn.Parameter(torch.ones(n)) for n in (5, 17)] for _ in range(2))
+    optimizer, plain = torch.optim.Adam(parameters, fused=fused), torch.optim.Adam(wanted, fused=False)
+    for _ in range(3):
+        gradients = [10 * torch.randn(len(p)) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.cat(gradients))
+        for p, q, gradient in zip(parameters, wanted, gradients, strict=True):
+            p.grad, q.grad = gradient.clone(), gradient * min(1.0, limit / float(norm))
+        clip_gradients(optimizer, parameters, limit, norm)
+        optimizer.step()
+        plain.step()
+    for p, q in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], plain.state[q]["exp_avg"])  # Adam's update alone forgets a common factor
+        torch.testing.assert_close(p, q)

@@ -81,6 +81,18 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack([norm.float() for norm in norms])
 
 
+def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale the gradients so that their global norm, which is `norm`, is at most `limit`.
+
+    Fused Adam scales them as it reads them, in its next step, which spares a pass over them. (The factor is then a float32 number.)
+    """
+    scales = isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"]
+    if scales and all(p.dtype is torch.float32 and p.device.type in ("cpu", "cuda") for p in parameters):
+        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1)  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's state as `{"<parameter>/<entry>": tensor}`."""
     return {
