@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t VECTORS = TILE_LATENTS / LANES;
+constexpr int64_t TOO_LARGE = 1 << 23;           // floats that no cache keeps until they are read
 constexpr int64_t WORDS = TILE_LATENTS;  // of one step of a panel: four components of each latent
 
 // sums[lane] += the four products of the bytes of weights[lane], unsigned, with those of x, signed.
@@ -60,6 +61,7 @@ extern "C" {
 // latent), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for whole panels.
 void lm_saes_integer_weights(
     const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, float* scales, float* norms, float* errors, int threads) {
+    const bool past_caches = width * n_latents > TOO_LARGE;
     for_pieces(tiles(n_latents, TILE_LATENTS), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t panel = begin; panel < end; panel++) {
@@ -70,9 +72,17 @@ void lm_saes_integer_weights(
                     if (d + 8 < width && n) __builtin_prefetch(from + 8 * n_latents);
                     vectors[d] = n == LANES ? load(from) : load_tail(from, n);
                 }
-                for (int64_t l = 0; l < n; l++) {
-                    float* const to = transposed + (first + l) * width;
-                    for (int64_t d = 0; d < width; d++) to[d] = vectors[d][l];
+                for (int64_t d = 0; d < width; d += LINE) {
+                    const int64_t length = d + LINE <= width ? LINE : width - d;
+                    for (int64_t l = 0; l < n; l++) {
+                        float line[LINE], * const to = transposed + (first + l) * width + d;
+                        for (int64_t i = 0; i < length; i++) line[i] = vectors[d + i][l];
+                        if (past_caches && length == LINE) {
+                            store_line(to, line);
+                        } else {
+                            memcpy(to, line, sizeof(float) * static_cast<size_t>(length));
+                        }
+                    }
                 }
                 rotate(vectors, width);
                 int32_t* const words_of = panels + panel * words(width) * WORDS + v * LANES;
@@ -85,6 +95,7 @@ void lm_saes_integer_weights(
                 }
             }
         }
+        if (past_caches) finish_lines();
     });
 }
 

@@ -78,6 +78,7 @@ class ScreenedEncoder:
         check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
         self.W, self.b, self.gate_norm = (W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach())
         self._rounding.update(self.W, self._transposed)
+        self._centre: _Centre | None = None
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
@@ -88,7 +89,7 @@ class ScreenedEncoder:
         products = torch.zeros(n_rows, dtype=torch.int64)
         if not values.numel():
             return Selection(values, indices, products)
-        centre = self._centre(x)
+        centre = self._centre_of(x)
         most = min(n_latents, max(self._most, 2 * k))
         for piece in self._rounding.of(x, centre.mean):
             rows, arguments = piece.rows, (*piece[1:], self._transposed, *self._bounds(centre), len(piece.product), width, n_latents, k, most)
@@ -102,7 +103,7 @@ class ScreenedEncoder:
         """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent."""
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
-        centre = self._centre(x)
+        centre = self._centre_of(x)
         pieces = [self._above(x[piece.rows], piece[1:], self._bounds(centre), floors, least) for piece in self._rounding.of(x, centre.mean)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
@@ -130,13 +131,15 @@ class ScreenedEncoder:
         n_entries = int(counts.sum())
         return (counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries))
 
-    def _centre(self, x: Float[Tensor, "N D"]) -> _Centre:
+    def _centre_of(self, x: Float[Tensor, "N D"]) -> _Centre:
+        """The mean of the first rows that were asked for; it takes a pass over the weights."""
         check(x=(x, (len(x), len(self.W))))
-        mean = x.mean(0)
-        if not mean.isfinite().all():  # of no rows, or some rows are not finite
-            mean = torch.zeros_like(mean)
-        norm = float(mean.double().norm())
-        return _Centre(mean, norm, torch.mv(self.W.t(), mean) + self.b)
+        if self._centre is None:
+            mean = x.mean(0)
+            if not mean.isfinite().all():  # of no rows, or some rows are not finite
+                mean = torch.zeros_like(mean)
+            self._centre = _Centre(mean, float(mean.double().norm()), torch.mv(self.W.t(), mean) + self.b)
+        return self._centre
 
     def _bounds(self, centre: _Centre) -> Arguments:
         return (self._rounding.norms, self._rounding.errors, self.b, centre.product, self.gate_norm, centre.norm)
