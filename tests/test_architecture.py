@@ -12,7 +12,7 @@ import lm_saes
 
 ROOT = Path(lm_saes.__file__).parent
 FLOORS = {
-    "errors": 0, "version": 0, "config": 0, "demo": 0, "files": 0,
+    "errors": 0, "version": 0, "config": 0, "demo": 0, "files": 0, "locks": 0,
     "devices": 1, "hub": 1, "ops": 1, "tensor_files": 1,
     "models": 2, "losses": 2,
     "lm": 3, "activations": 3.5,

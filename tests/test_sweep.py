@@ -20,8 +20,8 @@ from lm_saes.config import SweepSAESettings, TrainSAESettings
 from lm_saes.errors import ConfigError, LmSaesError, NonFiniteError, RunFolderError
 from lm_saes.runners import train_sae
 from lm_saes.sweep import settings_of_sweep, sweep_sae
-from lm_saes.training.checkpoint import failure_of
 from lm_saes.training.loggers import Logger
+from lm_saes.training.run_folder import failure_of
 from tests.lm.tiny_models import save_tiny
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

@@ -26,6 +26,7 @@ from lm_saes.errors import ConfigError, HookPointError
 from lm_saes.lm.language_model import LanguageModel, load_model
 from lm_saes.models.initializer import Initializer
 from lm_saes.models.sparse_dictionary import SparseDictionary
+from lm_saes.training.nonfinite import finite_batches
 
 if TYPE_CHECKING:
     from lm_saes.activations.factory import ActivationStream
@@ -128,7 +129,7 @@ def load_dictionary(reference: PretrainedSAE) -> SparseDictionary:
 def first_batches(settings: TrainSAESettings, stream: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What dictionaries that are trained together are initialised from: the start of their stream, as long as each asks for."""
     n = 0 if isinstance(settings.sae, PretrainedSAE) else (settings.initializer or InitializerConfig()).n_batches
-    return list(itertools.islice(stream, n))
+    return list(itertools.islice(_finite(settings, stream), n))
 
 
 def start_dictionary(
@@ -141,10 +142,15 @@ def start_dictionary(
     if isinstance(settings.sae, PretrainedSAE):
         return load_dictionary(settings.sae)
     initializer = Initializer(settings.initializer or InitializerConfig())
-    sae = initializer.initialize_sae_from_config(settings.sae, stream, model=model, seed=settings.trainer.seed)
+    sae = initializer.initialize_sae_from_config(settings.sae, _finite(settings, stream), model=model, seed=settings.trainer.seed)
     if report is not None:
         report(initializer.report)
     return sae
+
+
+def _finite(settings: TrainSAESettings, stream: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The stream, without the batches that are not finite where the run passes over such."""
+    return finite_batches(stream, settings.activation_factory.hook_points, log.warning) if settings.trainer.non_finite == "skip" else stream
 
 
 def dictionary_config(settings: TrainSAESettings | EvaluateSAESettings) -> SAEConfig:

@@ -18,8 +18,8 @@ from lm_saes.config.synthetic import SyntheticBenchmarkConfig, SyntheticPreset
 from lm_saes.errors import ConfigError, did_you_mean
 from lm_saes.evaluation.synthetic.protocol import KINDS, SyntheticBenchmark
 from lm_saes.evaluation.synthetic.scores import Scores
-from lm_saes.training.checkpoint import disk_errors, write_atomically
 from lm_saes.training.loggers import Logger
+from lm_saes.training.run_folder import disk_errors, write_atomically
 
 
 class Column(NamedTuple):

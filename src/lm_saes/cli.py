@@ -35,6 +35,10 @@ app.command(generate)
 app.command(cache)
 app.command(bench)
 
+AllowChange = Annotated[
+    list[str] | None,
+    Parameter(help="With --resume: a setting that may differ from the run's, `trainer.total_training_tokens`. May be given several times."),
+]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any setting: `--trainer.lr 1e-4 --sae.top_k 64`.")]
 
 
@@ -56,7 +60,7 @@ def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = Fal
 
 
 @app.command
-def train(config: Path, *overrides: Overrides, resume: bool = False, dry_run: bool = False) -> None:
+def train(config: Path, *overrides: Overrides, resume: bool = False, allow_change: AllowChange = None, dry_run: bool = False) -> None:
     """Train an SAE or a transcoder from a settings file (TOML, YAML or JSON).
 
     Parameters
@@ -74,7 +78,7 @@ def train(config: Path, *overrides: Overrides, resume: bool = False, dry_run: bo
     if dry_run:
         commands.dry_run(settings)
     else:
-        commands.train(settings, resume=resume)
+        commands.train(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
 @app.command
@@ -84,6 +88,7 @@ def sweep(
     grid: Annotated[list[str] | None, Parameter(help="A field and its values: `trainer.lr=1e-4,3e-4`. May be given several times.")] = None,
     out: Path | None = None,
     resume: bool = False,
+    allow_change: AllowChange = None,
     dry_run: bool = False,
 ) -> None:
     """Train many dictionaries on one reading of the text, and compare them: `lm-saes sweep CONFIG --grid trainer.lr=1e-4,3e-4 --grid sae.top_k=32,64`.
@@ -106,7 +111,7 @@ def sweep(
     if dry_run:
         commands.dry_run_of_sweep(settings)
     else:
-        commands.sweep(settings, resume=resume)
+        commands.sweep(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
 @app.command
@@ -248,6 +253,12 @@ def recipe(name: str) -> Path:
 def _file(config: Path) -> Path:
     """A settings file, or the recipe of that name."""
     return config if config.suffix or config.is_file() else recipe(str(config))
+
+
+def _allowed(changes: list[str] | None, resume: bool) -> list[str]:
+    if changes and not resume:
+        raise ConfigError("--allow-change says what may differ when a run goes on; give --resume with it")
+    return changes or []
 
 
 def _overrides(words: tuple[str, ...]) -> dict[str, Any]:

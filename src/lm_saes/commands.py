@@ -26,12 +26,13 @@ from lm_saes.errors import ConfigError, NonFiniteError
 from lm_saes.estimate import estimate, size
 from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
 from lm_saes.inspection.command import advice_for
+from lm_saes.locks import LOCK_FILE
 from lm_saes.records import check_finished, check_same, settings_of_run
 from lm_saes.runners import evaluate_dictionary, evaluate_sae, load_run, train_sae
 from lm_saes.sweep import settings_of_sweep, sweep_sae
 from lm_saes.training import loggers
 from lm_saes.training.board import Board
-from lm_saes.training.checkpoint import write_json
+from lm_saes.training.run_folder import RunFolder, write_json
 
 if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
@@ -50,6 +51,8 @@ RUN_FILES = (
     "evaluation.json",
     "features.json",
     "failure.json",
+    LOCK_FILE,
+    f"{LOCK_FILE}.json",
 )
 """What a run leaves in its folder, beside `checkpoints/`."""
 
@@ -59,7 +62,8 @@ def demo(settings: TrainSAESettings, again: bool = False, changed: bool = False)
     terminal = display.console()
     folder = Path(settings.trainer.exp_result_path)
     if again and folder.is_dir():
-        remove_run(folder)
+        with RunFolder(folder).owned():
+            remove_run(folder)
     if (folder / ("evaluation.json" if settings.eval else CONFIG_FILE)).is_file():
         if changed:
             check_same(settings, folder)
@@ -84,14 +88,14 @@ def remove_run(folder: Path) -> None:
         folder.rmdir()
 
 
-def train(settings: TrainSAESettings, resume: bool = False) -> None:
+def train(settings: TrainSAESettings, resume: bool = False, allow_changes: Sequence[str] = ()) -> None:
     """Train with a progress bar, and name the command that shows the result."""
     terminal = display.console()
-    train_with_bar(settings, resume, terminal)
+    train_with_bar(settings, resume, terminal, allow_changes)
     _hint(terminal, "look at it:", "lm-saes", "show", settings.trainer.exp_result_path)
 
 
-def train_with_bar(settings: TrainSAESettings, resume: bool, terminal: display.Terminal) -> None:
+def train_with_bar(settings: TrainSAESettings, resume: bool, terminal: display.Terminal, allow_changes: Sequence[str] = ()) -> None:
     """Train with a progress bar and say what is known when it is known."""
     start = time.monotonic()
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))
@@ -107,7 +111,7 @@ def train_with_bar(settings: TrainSAESettings, resume: bool, terminal: display.T
             terminal.print(Text("\nevaluation on held-out text", style="bold"))
             terminal.print(display.evaluation_table(value))
 
-    train_sae(settings, resume=resume, loggers=[loggers.Console(terminal)], report=report)
+    train_sae(settings, resume=resume, allow_changes=allow_changes, loggers=[loggers.Console(terminal)], report=report)
     minutes = (time.monotonic() - start) / 60
     terminal.print(Text(f"\nfinished in {minutes:.1f} min: {settings.trainer.exp_result_path}", style="bold"), soft_wrap=True)
 
@@ -117,7 +121,7 @@ def _hint(terminal: display.Terminal, label: str, *words: str) -> None:
     terminal.print(Text.assemble(f"\n{label}  ", (shlex.join(words), "cyan")), soft_wrap=True)
 
 
-def sweep(settings: SweepSAESettings, resume: bool = False) -> None:
+def sweep(settings: SweepSAESettings, resume: bool = False, allow_changes: Sequence[str] = ()) -> None:
     """Train all runs of a sweep and print what they came to, side by side."""
     terminal = display.console()
     start = time.monotonic()
@@ -145,7 +149,7 @@ def sweep(settings: SweepSAESettings, resume: bool = False) -> None:
             waiting.update(f"evaluating: {evaluated} of {len(members)}")
 
     try:
-        sweep_sae(settings, resume=resume, loggers=lambda member: [board.logger(member.sae_name)], report=report)
+        sweep_sae(settings, resume=resume, allow_changes=allow_changes, loggers=lambda member: [board.logger(member.sae_name)], report=report)
     finally:
         waiting.stop()
     rows = compare(members)
@@ -303,7 +307,7 @@ def features_of_run(run: Path, n: int) -> list[Feature]:
     """A handful of features: those kept in `features.json` where as many were asked for, or found now and kept there."""
     saved = display.read_json(run / "features.json") or {}
     if saved.get("n") == n:
-        with suppress(KeyError, TypeError):  # of another version, or not ours: found again
+        with suppress(KeyError, TypeError, ValueError):  # of another version, or not ours: found again
             return [Feature.from_dict(table) for table in saved["features"]]
     sae, settings, model = load_run(run)
     model = _needed(model)

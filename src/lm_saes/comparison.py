@@ -13,7 +13,7 @@ from rich.text import Text
 from lm_saes.config import SAEConfig, TrainSAESettings
 from lm_saes.errors import RunFolderError
 from lm_saes.files import parse_json, read_json_object
-from lm_saes.training.checkpoint import METRICS_FILE, failure_of
+from lm_saes.training.run_folder import METRICS_FILE, failure_of
 
 
 class Column(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -54,12 +55,18 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(visible(name), justify="right")
     for key, label, show in METRICS:
-        values = [result.get(key) for result in results.values()]
+        values = [_number(result, key) for result in results.values()]
         if any(value is not None for value in values):
             table.add_row(label, *("–" if value is None else show(value) for value in values))
     return table
+
+
+def _number(result: Any, key: str) -> float | None:
+    """A metric, where it is one: results are read from files too."""
+    value = result.get(key) if isinstance(result, Mapping) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def rows_table(rows: Sequence[tuple[str, str]]) -> Table:

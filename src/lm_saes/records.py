@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from lm_saes.config import ActivationFactoryActivationsSource, TrainSAESettings
 from lm_saes.config.base import RUN_RECORDS, BaseConfig, validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError, RunFolderError
+from lm_saes.files import read_json_object
+from lm_saes.training.resume import allowed_changes, differences, trainer_table
 from lm_saes.version import __version__
 
 if TYPE_CHECKING:
@@ -41,32 +43,39 @@ def settings_of_run(folder: str | Path) -> TrainSAESettings:
     """
     path = Path(folder) / "settings.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json_object(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a run's folder: there is no settings.json in it") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} must hold a table of settings, got {type(table).__name__}")
     return validated(TrainSAESettings, {name: value for name, value in table.items() if name not in RUN_RECORDS}, origin=str(path))
 
 
-def check_same(settings: TrainSAESettings, folder: Path) -> None:
-    """A run goes on with the dictionary, the model and the text that it began with.
+def check_same(settings: TrainSAESettings, folder: Path, allow: Sequence[str] = ()) -> list[str]:
+    """A run goes on with the settings that it began with, but for those in `allow`; a line for each of these that has changed. Where it is written,
+    how often, on what device, and who is told, may change freely.
 
     Raises:
-        ConfigError: one of them is another one now.
+        ConfigError: a setting is another one now.
     """
     if not (folder / "settings.json").is_file():
-        return
-    before, now = settings_of_run(folder).as_dict(), settings.as_dict()
-    for part in ("sae", "initializer", "model", "datasets", "activation_factory"):
-        old, new = before[part], now[part]
-        if isinstance(old, dict) and isinstance(new, dict):
-            differing = [name for name in new if name != "device" and old.get(name) != new[name]]
-            part, old, new = (f"{part}.{differing[0]}", old.get(differing[0]), new[differing[0]]) if differing else (part, None, None)
-        if old != new:
-            raise ConfigError(f"{folder} was begun with {part} = {old}, got {new}; resume with its own settings, or choose another exp_result_path")
+        return []
+    return allowed_changes(differences(_decisive(settings_of_run(folder)), _decisive(settings)), allow, folder)
+
+
+def _decisive(settings: TrainSAESettings) -> dict[str, Any]:
+    """What of the settings decides what becomes of the run."""
+    table = {name: value for name, value in settings.as_dict().items() if name not in _FREE}
+    table["trainer"] = trainer_table(settings.trainer)
+    table["stream_seed"] = settings.data_seed
+    for part in ("sae", "model"):
+        table[part] = table[part] and {name: value for name, value in table[part].items() if name != "device"}
+    factory = {name: value for name, value in table["activation_factory"].items() if name not in _FREE_OF_STREAM}
+    sources = [{name: value for name, value in source.items() if name not in _FREE_OF_STREAM} for source in factory.pop("sources")]
+    table["activation_factory"] = {**factory, "sources": sources}
+    return table
+
+
+_FREE = ("device_type", "wandb", "tensorboard", "trackio")
+_FREE_OF_STREAM = ("device", "num_workers", "prefetch", "path")
 
 
 def check_finished(folder: str | Path) -> None:

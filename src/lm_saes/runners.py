@@ -8,6 +8,7 @@ folded, saved, and, if asked for, evaluated on held-out text. `train_sae` is the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,21 +30,12 @@ from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.records import check_finished, check_same, provenance, settings_of_run, settings_record
-from lm_saes.training.checkpoint import (
-    Checkpoint,
-    RunFolder,
-    disk_errors,
-    failure_of,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-    write_failure,
-    write_json,
-)
+from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, read_checkpoint
 from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
 from lm_saes.training.loop import train
-from lm_saes.training.resume import common_checkpoints
+from lm_saes.training.resume import NO_CHECKPOINT, check_allowed, discard_newer, newest_moment
 from lm_saes.training.run import Run
+from lm_saes.training.run_folder import RunFolder, disk_errors, failure_of, write_failure, write_json
 
 if TYPE_CHECKING:
     from lm_saes.models.initialization_report import InitializationReport
@@ -67,13 +59,19 @@ class Outcome(NamedTuple):
 
 
 def train_sae(
-    settings: TrainSAESettings, *, resume: bool = False, loggers: Sequence[Logger] = (), report: Callable[[str, Any], None] | None = None
+    settings: TrainSAESettings,
+    *,
+    resume: bool = False,
+    allow_changes: Sequence[str] = (),
+    loggers: Sequence[Logger] = (),
+    report: Callable[[str, Any], None] | None = None,
 ) -> SparseDictionary:
     """Train an SAE or a transcoder and leave a run's folder at `settings.trainer.exp_result_path`.
 
     Args:
         settings: What to train, on what, how.
         resume: Go on from the newest whole checkpoint in the folder, or start afresh when it is empty.
+        allow_changes: Settings that may differ from those that the run was begun with, such as "trainer.total_training_tokens".
         loggers: Where metrics go beside `metrics.jsonl` and what the settings name.
         report: Called with a name and a value as things become known: "model", "initialization", "begin" (of training), "stream",
             "evaluation".
@@ -85,29 +83,54 @@ def train_sae(
         LmSaesError: anything a user can mend; nothing is left half-written.
     """
     tell = report or (lambda _name, _value: None)
-    (outcome,) = train_together([settings], resume=resume, loggers=[loggers], report=lambda _, name, value: tell(name, value))
+    (outcome,) = train_together(
+        [settings], resume=resume, allow_changes=allow_changes, loggers=[loggers], report=lambda _, name, value: tell(name, value)
+    )
     if outcome.sae is None:
         assert outcome.error is not None
         raise outcome.error
     return outcome.sae
 
 
-def train_together(members: Sequence[TrainSAESettings], *, resume: bool, loggers: Sequence[Sequence[Logger]], report: Report) -> list[Outcome]:
+def train_together(
+    members: Sequence[TrainSAESettings], *, resume: bool, loggers: Sequence[Sequence[Logger]], report: Report, allow_changes: Sequence[str] = ()
+) -> list[Outcome]:
     """Train dictionaries on one stream, each in a run's folder of its own. Each becomes what it would have become alone.
 
     Args:
         members: Settings that differ in nothing that the stream is made of (see `SweepSAESettings.members`).
         resume: Go on from the newest moment of which all have a whole checkpoint; afresh where there is none.
+        allow_changes: Settings that may differ from those that the runs were begun with.
         loggers: For each member, where metrics go beside `metrics.jsonl` and what the settings name.
 
     Raises:
         LmSaesError: anything a user can mend, but for a number that is not finite: that stops one run, and its outcome says so.
     """
+    allowed = check_allowed(allow_changes)
+    with ExitStack() as owned:
+        killed = [owned.enter_context(RunFolder(_folder(settings)).owned()) for settings in members]
+        notes = [
+            [f"{_folder(settings)} is taken over from {owner}, which was killed"] if owner else []
+            for settings, owner in zip(members, killed, strict=True)
+        ]
+        return _train(members, resume, loggers, report, allowed, notes)
+
+
+def _train(
+    members: Sequence[TrainSAESettings],
+    resume: bool,
+    loggers: Sequence[Sequence[Logger]],
+    report: Report,
+    allowed: list[str],
+    notes: list[list[str]],
+) -> list[Outcome]:
+    """`train_together`, in folders that are ours. `notes` are lines for a person, for each run."""
     several = len(members) > 1
     failures = {index: failure for index, settings in enumerate(members) if resume and several and (failure := failure_of(_folder(settings)))}
     errors = {index: NonFiniteError(failure) for index, failure in failures.items()}
     going = {index: settings for index, settings in enumerate(members) if index not in errors}
-    checkpoints = dict(zip(going, _open_folders(list(going.values()), resume), strict=True))
+    checkpoints, found = _open_folders(list(going.values()), resume, allowed)
+    checkpoints, found = dict(zip(going, checkpoints, strict=True)), dict(zip(going, found, strict=True))
     placed = {index: with_device(settings) for index, settings in going.items()}
     model = open_model(with_device(members[0]))
     for settings in members:
@@ -131,7 +154,8 @@ def train_together(members: Sequence[TrainSAESettings], *, resume: bool, loggers
         sae.provenance = provenance(members[index], model)
         _write(_folder(settings) / "settings.json", table)
         eval_fn = _evaluation_during_training(settings, model) if settings.eval else None
-        runs[index] = Run(sae, settings.trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, eval_fn=eval_fn)
+        said = [*notes[index], *found[index]]
+        runs[index] = Run(sae, settings.trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, notes=said, eval_fn=eval_fn)
     del start
     if runs:
         report(members[0], "begin", None)
@@ -155,15 +179,22 @@ def _folder(settings: TrainSAESettings) -> Path:
     return Path(settings.trainer.exp_result_path)
 
 
-def _open_folders(members: Sequence[TrainSAESettings], resume: bool) -> Sequence[Path | None]:
-    """For each run the checkpoint to go on from, all of one moment; `None` for all where none is to be gone on from."""
-    newest = [RunFolder(_folder(settings)).open(resume) if _folder(settings).exists() else None for settings in members]
-    for settings, checkpoint in zip(members, newest, strict=True):
-        if checkpoint is not None:
-            check_same(settings, _folder(settings))
-    if len(members) == 1 or not any(newest):
-        return newest
-    return common_checkpoints([settings.trainer for settings in members]) or [None] * len(members)
+def _open_folders(members: Sequence[TrainSAESettings], resume: bool, allowed: list[str]) -> tuple[list[Path | None], list[list[str]]]:
+    """For each run the checkpoint to go on from, all of one moment, and what is to be said about it; `None` for all where none is to be gone
+    on from."""
+    folders = [RunFolder(_folder(settings)) for settings in members]
+    for folder in folders:
+        folder.open(resume)
+    moment = newest_moment([settings.trainer for settings in members])
+    if moment.checkpoints is None:
+        return [None] * len(members), [[NO_CHECKPOINT.format(folder.path)] if folder.begun else [] for folder in folders]
+    notes: list[list[str]] = []
+    for settings, checkpoint in zip(members, moment.checkpoints, strict=True):
+        changes = check_same(settings, _folder(settings), allowed)
+        if changes:
+            discard_newer(checkpoint)
+        notes.append([*moment.notes, *changes])
+    return [*moment.checkpoints], notes
 
 
 def _step(checkpoint: Path | None) -> int:

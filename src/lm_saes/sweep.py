@@ -18,7 +18,7 @@ from lm_saes.config.sweep import SWEEP_FILE
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.records import settings_record
 from lm_saes.runners import Outcome, Report, train_together
-from lm_saes.training.checkpoint import disk_errors, write_atomically, write_json
+from lm_saes.training.run_folder import RunFolder, disk_errors, write_atomically, write_json
 
 if TYPE_CHECKING:
     from lm_saes.training.loggers import Logger
@@ -30,6 +30,7 @@ def sweep_sae(
     settings: SweepSAESettings,
     *,
     resume: bool = False,
+    allow_changes: Sequence[str] = (),
     loggers: Callable[[TrainSAESettings], Sequence[Logger]] | None = None,
     report: Report | None = None,
 ) -> list[Outcome]:
@@ -41,6 +42,7 @@ def sweep_sae(
     Args:
         settings: the stream and the runs.
         resume: go on from the newest moment of which all runs have a whole checkpoint, or start afresh when there is none.
+        allow_changes: settings that may differ from those that the runs were begun with, such as "trainer.total_training_tokens".
         loggers: gives for a run where its metrics go beside `metrics.jsonl` and what its settings name.
         report: called with a run's settings, a name and a value as things become known: "model", "begin" (of training) and "stream" once,
             "initialization" and "evaluation" of each run.
@@ -52,7 +54,6 @@ def sweep_sae(
         LmSaesError: anything a user can mend; nothing is left half-written.
     """
     folder, members = Path(settings.exp_result_path), settings.members()
-    _check_folder(settings, folder, resume)
 
     def tell(member: TrainSAESettings, name: str, value: Any) -> None:
         if name == "model":  # all is checked, and nothing was written yet
@@ -62,11 +63,19 @@ def sweep_sae(
         if report is not None:
             report(member, name, value)
 
-    outcomes = train_together(members, resume=resume, loggers=[[] if loggers is None else loggers(member) for member in members], report=tell)
-    rows = compare(members)
-    write_json(folder / COMPARISON_FILE, {"runs": [row.as_dict() for row in rows]})
-    with disk_errors(str(folder)):
-        write_atomically(folder / "comparison.md", markdown(rows))
+    with RunFolder(folder).owned("sweep"):
+        _check_folder(settings, folder, resume)
+        outcomes = train_together(
+            members,
+            resume=resume,
+            allow_changes=allow_changes,
+            loggers=[[] if loggers is None else loggers(member) for member in members],
+            report=tell,
+        )
+        rows = compare(members)
+        write_json(folder / COMPARISON_FILE, {"runs": [row.as_dict() for row in rows]})
+        with disk_errors(str(folder)):
+            write_atomically(folder / "comparison.md", markdown(rows))
     return outcomes
 
 

@@ -12,7 +12,8 @@ import torch
 
 from lm_saes.errors import RunFolderError
 from lm_saes.training import checkpoint as module
-from lm_saes.training.checkpoint import RunFolder, find_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint, write_json
+from lm_saes.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from lm_saes.training.run_folder import RunFolder, write_json
 from tests.training.synthetic import make_dictionary
 
 BUFFER = torch.arange(5)
@@ -93,12 +94,12 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(where, tmp_pat
     monkeypatch.undo()
     whole = ["latest", "step_1", *(["step_2"] if where == "latest" else [])]
     assert names(tmp_path) == whole
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_1"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / ("step_2" if where == "latest" else "step_1")  # `latest` only tells
 
 
 def test_left_overs_of_a_killed_process_are_removed_by_the_next(tmp_path):
     (tmp_path / "checkpoints" / ".unfinished_step_3" / "stream").mkdir(parents=True)
-    assert RunFolder(tmp_path).open() is None
+    RunFolder(tmp_path).open()
     write(tmp_path, 4)
     assert names(tmp_path) == ["latest", "step_4"]
 
@@ -113,22 +114,24 @@ def test_a_checkpoint_is_found_by_its_own_folder_or_the_runs(tmp_path):
 def test_the_run_folder_decides_who_may_use_it(tmp_path):
     folder = RunFolder(tmp_path / "run")
     assert not folder.path.exists()
-    assert folder.open() is None
-    assert folder.open(resume=True) is None
+    folder.open()
+    folder.open(resume=True)
+    assert not folder.begun
     (folder.path / "settings.json").write_text("{}")
-    assert folder.open() is None
+    folder.open()
+    assert folder.begun
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl of an earlier run"):
         folder.open()
-    assert folder.open(resume=True) is None, "a run that was stopped before its first checkpoint starts afresh"
-    assert not (folder.path / "metrics.jsonl").exists()
-    path = write(folder.path, 3)
-    assert folder.open(resume=True) == path
-    with pytest.raises(RunFolderError, match="checkpoints of an earlier run"):
+    folder.open(resume=True)  # a run that was stopped before its first checkpoint starts afresh
+    write(folder.path, 3)
+    folder.open(resume=True)
+    with pytest.raises(RunFolderError, match=r"holds the .* of an earlier run"):
         folder.open()
-    (path / "state.json").unlink()
-    with pytest.raises(RunFolderError, match="no whole checkpoint"):
-        folder.open(resume=True)
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"holds config\.json but no checkpoint"):
+        RunFolder(tmp_path / "finished").open(resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
         RunFolder(tmp_path / "file").open()

@@ -17,11 +17,12 @@ from lm_saes.config import TrainerConfig
 from lm_saes.errors import DataError, RunFolderError
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training import checkpoint as checkpoint_module
-from lm_saes.training.checkpoint import failure_of, load_weights, newest_checkpoint, read_checkpoint, whole_checkpoints
+from lm_saes.training.checkpoint import checkpoint_folders, load_weights, newest_checkpoint, read_checkpoint
 from lm_saes.training.loggers import Logger
 from lm_saes.training.loop import train
-from lm_saes.training.resume import common_checkpoints
+from lm_saes.training.resume import newest_moment
 from lm_saes.training.run import Run
+from lm_saes.training.run_folder import failure_of
 from lm_saes.training.trainer import Trainer
 from tests.training.synthetic import HOOK, SyntheticStream, make_dictionary
 
@@ -58,7 +59,9 @@ def dictionary(act_fn: str, hook: str = HOOK, seed: int = 0) -> SparseDictionary
 def config(trainer_config):
     def make(name: str, folder: str) -> TrainerConfig:
         _, steps, options = MEMBERS[name]
-        return trainer_config(steps, f"{folder}/{name}", **{"n_checkpoints": 2, "log_frequency": 5, "dead_threshold": 1000, **options})
+        return trainer_config(
+            steps, f"{folder}/{name}", **{"n_checkpoints": 2, "keep_checkpoints": 9, "log_frequency": 5, "dead_threshold": 1000, **options}
+        )
 
     return make
 
@@ -116,7 +119,7 @@ def test_each_becomes_what_it_would_have_become_alone(alone, config):
 def test_checkpoints_are_written_together_and_share_the_streams_state(config):
     configs = {name: config(name, "together") for name in MEMBERS}
     together(configs, TwoHooks())
-    steps = {name: set(whole_checkpoints(cfg.exp_result_path)) for name, cfg in configs.items()}
+    steps = {name: set(checkpoint_folders(cfg.exp_result_path)) for name, cfg in configs.items()}
     planned = {4, 16}  # of those with 16 steps; the short one has three in 6 steps
     assert steps["topk"] == steps["relu, other hook"] == planned | {2, 3, 6}
     assert steps["batchtopk, short"] == {2, 3, 4, 6}
@@ -161,7 +164,7 @@ def test_interrupted_they_all_finish_the_step_and_go_on_together(alone, config, 
     configs, stop = {name: config(name, "together") for name in MEMBERS}, StopAt(at)
     with pytest.raises(KeyboardInterrupt):
         together(configs, TwoHooks(), loggers=[stop])
-    folders = common_checkpoints(list(configs.values()))
+    folders = newest_moment(list(configs.values())).checkpoints
     assert folders is not None
     assert [folder.name for folder in folders] == [f"step_{min(at, steps)}" for _, steps, _ in MEMBERS.values()]
     assert sum("can be resumed" in text for text in stop.messages) == (3 if at == 5 else 2)
@@ -185,7 +188,7 @@ def test_killed_between_two_checkpoints_of_a_moment_they_go_on_from_the_one_befo
         together(configs, TwoHooks(), loggers=[StopAt(9)])
     last = Path(configs["relu, other hook"].exp_result_path) / "checkpoints/step_9"
     (last / "optimizer.safetensors").write_bytes(b"")
-    folders = common_checkpoints(list(configs.values()))
+    folders = newest_moment(list(configs.values())).checkpoints
     assert folders is not None
     assert [folder.name for folder in folders] == ["step_6"] * 3
     together(configs, TwoHooks(), folders)
@@ -197,24 +200,24 @@ def test_no_moment_in_common(config):
     configs = {name: config(name, "together") for name in MEMBERS}
     together(configs, TwoHooks())
     cfgs = list(configs.values())
-    for path in whole_checkpoints(cfgs[2].exp_result_path).values():
+    for path in checkpoint_folders(cfgs[2].exp_result_path).values():
         shutil.rmtree(path)
     with pytest.raises(RunFolderError, match=r"relu, other hook lacks some that others have"):
-        common_checkpoints(cfgs)
+        newest_moment(cfgs)
     for cfg in cfgs[:2]:
-        for step, path in whole_checkpoints(cfg.exp_result_path).items():
+        for step, path in checkpoint_folders(cfg.exp_result_path).items():
             if step != 2:
                 shutil.rmtree(path)
-    assert common_checkpoints(cfgs) is None, "killed while the first was written"
+    assert newest_moment(cfgs).checkpoints is None, "killed while the first was written"
 
 
 def test_one_that_was_made_longer_is_not_at_its_end(config):
     configs = {name: config(name, "together") for name in MEMBERS}
     together(configs, TwoHooks())
     cfgs = list(configs.values())
-    assert [folder.name for folder in common_checkpoints(cfgs) or []] == ["step_16", "step_6", "step_16"]
+    assert [folder.name for folder in newest_moment(cfgs).checkpoints or []] == ["step_16", "step_6", "step_16"]
     cfgs[1] = cfgs[1].replace(total_training_tokens=64 * 10)
-    assert [folder.name for folder in common_checkpoints(cfgs) or []] == ["step_6"] * 3
+    assert [folder.name for folder in newest_moment(cfgs).checkpoints or []] == ["step_6"] * 3
 
 
 def test_one_that_meets_nan_stops_and_the_others_go_on(alone, config):
@@ -233,7 +236,7 @@ def test_one_that_meets_nan_stops_and_the_others_go_on(alone, config):
     assert [text for text in messages.messages if text.startswith("stopped")] == [f"stopped: {runs['topk'].error}"]
     assert failure_of(configs["topk"].exp_result_path) == str(runs["topk"].error)
     assert runs["topk"].cur_step == 3
-    assert max(whole_checkpoints(configs["topk"].exp_result_path)) == 3
+    assert max(checkpoint_folders(configs["topk"].exp_result_path)) == 3
     for name in ("batchtopk, short", "relu, other hook"):
         assert failure_of(configs[name].exp_result_path) is None
         assert_same(alone[name], configs[name], MEMBERS[name][1])

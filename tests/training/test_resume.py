@@ -163,7 +163,7 @@ def test_a_run_can_be_made_longer(trainer_config):
     cfg = trainer_config(5)
     Trainer(cfg).fit(make_dictionary(), stream())
     longer = cfg.replace(total_training_tokens=64 * 8)
-    trainer = Trainer(longer, resume=True)
+    trainer = Trainer(longer, resume=True, allow_changes=["total_training_tokens"])
     trainer.fit(make_dictionary(), stream())
     assert (trainer.cur_step, trainer.total_steps, trainer.cur_tokens) == (8, 8, 64 * 8)
 
@@ -172,8 +172,9 @@ def test_a_stream_without_memory_cannot_be_resumed(trainer_config):
     cfg = trainer_config(5)
     batches = [next(stream()) for _ in range(5)]
     Trainer(cfg).fit(make_dictionary(), batches)
+    longer = cfg.replace(total_training_tokens=64 * 8)
     with pytest.raises(RunFolderError, match="remember its place"):
-        Trainer(cfg.replace(total_training_tokens=64 * 8), resume=True).fit(make_dictionary(), batches)
+        Trainer(longer, resume=True, allow_changes=["total_training_tokens"]).fit(make_dictionary(), batches)
 
 
 def test_another_dictionary_is_refused(trainer_config):

@@ -95,6 +95,8 @@ class TrainerConfig(BaseConfig):
     """Tokens to train on; steps = tokens // tokens per batch."""
     seed: int = 0
     """Seeds the initialisation, shuffling, mixing and the order of the data; the last three have the `stream_seed` of the settings where one is set."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a batch does whose loss or gradients are NaN or infinite: stop the run, or be skipped, which is said and counted. It is saved either way (the first few)."""
     skip_metrics_calculation: bool = False
     """Log only the losses, the schedules and what costs nothing."""
     feature_sampling_window: int = Field(default=1000, ge=1)
@@ -107,6 +109,10 @@ class TrainerConfig(BaseConfig):
     """Checkpoints over the run."""
     check_point_save_mode: Literal["log", "linear"] = "log"
     """Their spacing."""
+    checkpoint_minutes: float | None = Field(default=30.0, gt=0)
+    """Minutes after which there is a checkpoint beside those (not with `n_checkpoints` = 0): no more is lost. `None`: only those."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest checkpoints that stay. Of the older ones of the plan the dictionary alone stays; the others are removed."""
     from_pretrained_path: PathString | None = None
     """A checkpoint whose weights a new run starts from."""
     exp_result_path: PathString = "results"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_saes.errors import ConfigError
 from lm_saes.inspection.report import ActivationReport, HookPointReport
-from lm_saes.training.checkpoint import disk_errors
+from lm_saes.training.run_folder import disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -65,10 +65,16 @@ def assemble(
     """The dictionary of saved fields and tensors, in eval mode. `origin` names the configuration in errors."""
     asked = {name: value for name, value in overrides.items() if not (name == "dtype" and value is None)}
     cfg = validated(_variant(cls, table.get("sae_type"), origin)[0], {**table, **asked}, origin=origin)
-    # On "meta" nothing is allocated or drawn that the saved tensors then replace; where some may be missing, they keep their start.
-    dictionary = build(cls, cfg.replace(device="meta" if strict else "cpu"), device_mesh)
+    # On "meta" nothing is allocated or drawn that the saved tensors then replace, and no more is allocated than they are large.
+    try:
+        dictionary = build(cls, cfg.replace(device="meta"), device_mesh)
+    except (RuntimeError, OverflowError) as error:
+        raise WeightsError(f"{origin} describes a dictionary of {cfg.d_sae} latents over {cfg.d_model} dimensions: {error}") from None
     _check(origin, dictionary.state_dict(), tensors, strict)
-    dictionary.load_state_dict(tensors, strict=strict, assign=True)
+    if not strict:  # tensors may be missing; they keep their start
+        dictionary = build(cls, cfg.replace(device="cpu"), device_mesh)
+    # Copies: tensors of a file stand at any address, and some products sum in an order that depends on it (docs/reliability.md).
+    dictionary.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=strict, assign=True)
     dtype = cfg.dtype if "dtype" in asked else _weight_dtype(dictionary)
     dictionary.to(device=resolve_device(cfg.device), dtype=dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     dictionary.cfg = cfg.replace(dtype=dtype_name(dtype))
@@ -131,14 +137,19 @@ def save(dictionary: SparseDictionary, folder: str | Path, fold_activation_scale
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        dictionary.cfg.save_hyperparameters(work, dictionary.provenance)
-        _write(dictionary, work / WEIGHTS_FILE)
-        _flush(work / CONFIG_FILE)
+        write_files(dictionary.cfg, dictionary.provenance, dictionary.state_dict(), work)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(work / name, folder / name)
         _flush(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_files(cfg: SparseDictionaryConfig, provenance: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write both files of a dictionary whose tensors (`state_dict()`) are these, and flush them to the disk."""
+    cfg.save_hyperparameters(folder, provenance)
+    _write(cfg, tensors, folder / WEIGHTS_FILE)
+    _flush(folder / CONFIG_FILE)
 
 
 def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
@@ -149,7 +160,7 @@ def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".saving-{os.getpid()}-{path.name}")
     try:
-        _write(dictionary, work)
+        _write(dictionary.cfg, dictionary.state_dict(), work)
         os.replace(work, path)
         _flush(path.parent)
     finally:
@@ -182,6 +193,8 @@ def _check(origin: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor],
         for name in wanted
         if name in got and got[name].shape != wanted[name].shape
     ]
+    if not strict and "W_D" not in got:
+        faults.append("W_D is missing, without which there is no dictionary")
     if strict:
         faults += [f"{name} is missing" for name in wanted if name not in got]
         faults += [f"{name} is unexpected" for name in got if name not in wanted]
@@ -196,10 +209,10 @@ def _weight_dtype(dictionary: SparseDictionary) -> torch.dtype:
     return functools.reduce(torch.promote_types, (parameter.dtype for parameter in dictionary.parameters() if id(parameter) not in thresholds))
 
 
-def _write(dictionary: SparseDictionary, path: Path) -> None:
+def _write(cfg: SparseDictionaryConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
     # One key only: the header's order of several is not fixed, and the same weights shall give the same bytes.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
-    save_file(tensors, path, metadata={_MODE: dictionary.cfg.norm_activation})
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(own, path, metadata={_MODE: cfg.norm_activation})
     _flush(path)
 
 

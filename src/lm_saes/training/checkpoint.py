@@ -1,14 +1,14 @@
-"""Checkpoints of a run: written whole or not at all, read without unpickling.
+"""Checkpoints of a run: written whole or not at all, checked when they are read, and read without unpickling.
 
     checkpoints/step_<n>/
         config.json sae_weights.safetensors    the dictionary, unfolded; `from_pretrained` folds when it loads
         optimizer.safetensors                  the optimizer and every other tensor of the trainer
         stream/state.json stream/tensors.safetensors
-        state.json                             the trainer's numbers, and the size of each other file
+        state.json                             the trainer's numbers; size and checksum of each other file, and a checksum of its own
     checkpoints/latest                         the name of the newest whole one
 
 A checkpoint is written under a temporary name in the same folder, flushed to the disk and renamed; `latest` is replaced afterwards.
-Whatever interrupts that leaves the older checkpoints as they were.
+Whatever interrupts that leaves the older checkpoints as they were. What is removed is renamed first.
 """
 
 from __future__ import annotations
@@ -17,28 +17,40 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+import xxhash
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lm_saes.config.dictionaries import CONFIG_FILE
-from lm_saes.errors import RunFolderError
+from lm_saes.errors import LmSaesError, RunFolderError
+from lm_saes.files import inside, parse_json
 from lm_saes.models.pretrained import WEIGHTS_FILE, read_weights
 from lm_saes.models.sparse_dictionary import SparseDictionary
+from lm_saes.tensor_files import read_safetensors
+from lm_saes.training.run_folder import (
+    CHECKPOINTS,
+    DICTIONARY_FILES,
+    METRICS_FILE,
+    REPLACED,
+    UNFINISHED,
+    disk_errors,
+    flush,
+    remove,
+    write_atomically,
+)
 
+SCHEMA_VERSION = 2
 STATE_FILE = "state.json"
 TENSORS_FILE = "optimizer.safetensors"
 STREAM_FOLDER = "stream"
-METRICS_FILE = "metrics.jsonl"
-FAILURE_FILE = "failure.json"
-_TEMPORARY = ".unfinished_"
-_DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_STREAM_TENSORS = "tensors.safetensors"
 _TENSOR_KEY = "__tensor__"
+_STEP = re.compile(r"step_(\d{1,18})")
+_PIECE = 16 * 2**20
 
 
 class Checkpoint(NamedTuple):
@@ -51,41 +63,21 @@ class Checkpoint(NamedTuple):
     """The stream's state; `None` where the stream had none."""
 
 
-class RunFolder:
-    """The folder of a run (`exp_result_path`). Making this object touches nothing."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def open(self, resume: bool = False) -> Path | None:
-        """Make the folder ready for a run. With `resume`, the newest whole checkpoint to go on from, if the folder holds any; a run that
-        was stopped before its first one starts afresh.
-
-        Raises:
-            RunFolderError: the folder was used and `resume` is false; or its checkpoints are all damaged; or it cannot be written.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"the run's folder {self.path} is a file; choose another exp_result_path")
-        used = [name for name in (METRICS_FILE, "checkpoints", *_DICTIONARY_FILES) if _holds_something(self.path / name)]
-        if used and not resume:
-            raise RunFolderError(f"{self.path} holds the {used[0]} of an earlier run; resume that run, or choose another exp_result_path")
-        newest = newest_checkpoint(self.path)
-        if newest is None and used and used != [METRICS_FILE]:
-            raise RunFolderError(f"{self.path} holds {used[-1]} but no whole checkpoint to resume from; choose another exp_result_path")
-        with disk_errors(str(self.path)):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if newest is None:
-                (self.path / METRICS_FILE).unlink(missing_ok=True)
-        return newest
-
-
-def _holds_something(path: Path) -> bool:
-    if path.is_dir():
-        return any(not child.name.startswith(_TEMPORARY) for child in path.iterdir())
-    return path.is_file() and path.stat().st_size > 0
-
-
 # ------------------------------------------------------------------------------------------------------------ writing
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU: what they are copies of may change afterwards."""
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def on_host(value: Any) -> Any:
+    """A nested state with its tensors on the CPU. Those that are there already are not copied: a state does not change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    return [on_host(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_checkpoint(
@@ -108,94 +100,74 @@ def write_checkpoint(
     Raises:
         RunFolderError: the disk is full or cannot be written; older checkpoints are intact.
     """
-    folder = Path(run_folder) / "checkpoints"
-    final, temporary = folder / f"step_{step}", folder / f"{_TEMPORARY}step_{step}"
+    folder = Path(run_folder) / CHECKPOINTS
+    final, temporary, replaced = folder / f"step_{step}", folder / f"{UNFINISHED}step_{step}", folder / f"{REPLACED}{step}"
     with disk_errors(f"checkpoint {final}", temporary):
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(f"{_TEMPORARY}*"):
-            _remove(left_over)
+        for left_over in folder.glob(f"{UNFINISHED}*"):
+            remove(left_over)
         (temporary / STREAM_FOLDER).mkdir(parents=True)
         save_dictionary(temporary)
-        _save_tensors(temporary / TENSORS_FILE, tensors)
+        save_file(_separate(tensors), temporary / TENSORS_FILE)
+        shared: dict[str, Any] = {}
         if isinstance(stream, Path):
+            shared = {name: entry for name, entry in read_state(stream)["files"].items() if name.startswith(f"{STREAM_FOLDER}/")}
             for path in (stream / STREAM_FOLDER).iterdir():
                 _link(path, temporary / STREAM_FOLDER / path.name)
         elif stream is not None:
             stream_tensors: dict[str, Tensor] = {}
             plain = _without_tensors(stream, stream_tensors)
-            _save_tensors(temporary / STREAM_FOLDER / "tensors.safetensors", stream_tensors)
+            save_file(_separate(stream_tensors), temporary / STREAM_FOLDER / _STREAM_TENSORS)
             (temporary / STREAM_FOLDER / STATE_FILE).write_text(json.dumps(plain), encoding="utf-8")
-        files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
-        (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step, "files": files}, indent=1), encoding="utf-8")
+        written = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*")) if path.is_file()}
+        files = {name: shared.get(name) or {"bytes": path.stat().st_size, "xxh3": _checksum(path)} for name, path in written.items()}
+        table = {"schema_version": SCHEMA_VERSION, **state, "step": step, "files": files}
+        (temporary / STATE_FILE).write_text(json.dumps({**table, "xxh3": _own_checksum(table)}, indent=1), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
+        if (metrics := Path(run_folder) / METRICS_FILE).is_file():
+            flush(metrics)  # its lines up to this step are never behind the checkpoint, even when the machine goes down
         if final.exists():
-            final.rename(folder / f"{_TEMPORARY}replaced_{step}")
+            final.rename(replaced)
         temporary.rename(final)
-        _flush(folder)
+        flush(folder)
         write_atomically(folder / "latest", final.name + "\n")
-        _remove(folder / f"{_TEMPORARY}replaced_{step}")
+        remove(replaced)
     return final
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file: after a crash it holds the old text or the new one."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def write_json(path: str | Path, table: Any) -> None:
-    """Write a JSON file, whole or not at all.
+def remove_old(run_folder: str | Path, keep: int, planned: Collection[int]) -> None:
+    """Leave the newest `keep` whole checkpoints. Of older ones of the plan the dictionary stays, for whoever studies how it came about; the others go.
 
     Raises:
-        RunFolderError: the disk is full or cannot be written.
+        RunFolderError: the disk cannot be written.
     """
-    with disk_errors(str(path)):
-        write_atomically(Path(path), json.dumps(table, indent=2) + "\n")
+    folders = checkpoint_folders(run_folder)
+    whole = [step for step in sorted(folders, reverse=True) if is_whole(folders[step])]
+    with disk_errors(f"{run_folder}/{CHECKPOINTS}"):
+        for step in whole[keep:]:
+            path = folders[step]
+            if step in planned:
+                for name in (STATE_FILE, TENSORS_FILE, STREAM_FOLDER):  # the first makes it one that nobody takes for whole
+                    remove(path / name)
+            else:
+                doomed = path.with_name(f"{UNFINISHED}{path.name}")
+                path.rename(doomed)
+                remove(doomed)
 
 
-def write_failure(run_folder: str | Path, step: int, error: Exception) -> None:
-    """Keep in a run's folder what stopped the run, and after how many steps."""
-    with disk_errors(str(run_folder)):
-        Path(run_folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(run_folder) / FAILURE_FILE, {"step": step, "error": str(error)})
-
-
-def failure_of(run_folder: str | Path) -> str | None:
-    """What stopped a run, if it was stopped by a number that is not finite and has not gone on since."""
-    try:
-        return json.loads((Path(run_folder) / FAILURE_FILE).read_text(encoding="utf-8"))["error"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@contextmanager
-def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
-    """Turn an error of the disk into one line, and remove the file or folder that is not finished."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            _remove(temporary)
-        full = getattr(error, "errno", None) == 28 or "os error 28" in str(error) or "No space left" in str(error)
-        reason = "the disk is full; free some space, or lower n_checkpoints" if full else " ".join(str(error).split())
-        raise RunFolderError(f"cannot write {what}: {reason}") from None
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    saved: dict[str, Tensor] = {}
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file takes them: on the CPU, contiguous, each with memory of its own. Copied only where they are not like that."""
+    separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
         storage = own.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:  # safetensors takes no views
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
             own = own.clone()
         seen.add(own.untyped_storage().data_ptr())
-        saved[name] = own
-    save_file(saved, path)
+        separate[name] = own
+    return separate
 
 
 def _link(path: Path, other: Path) -> None:
@@ -205,19 +177,17 @@ def _link(path: Path, other: Path) -> None:
         shutil.copyfile(path, other)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checksum(path: Path) -> str:
+    """XXH3 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _own_checksum(table: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(table).encode())
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -242,46 +212,81 @@ def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def checkpoint_folders(run_folder: str | Path) -> dict[int, Path]:
+    """The folders of checkpoints in a run's folder by their step, whole or not."""
+    found = ((_STEP.fullmatch(path.name), path) for path in (Path(run_folder) / CHECKPOINTS).glob("step_*"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def resumable_folders(run_folder: str | Path) -> dict[int, Path]:
+    """Those of them that are meant to be gone on from: not the old ones of which only the dictionary was left."""
+    folders = checkpoint_folders(run_folder)
+    return {step: path for step, path in folders.items() if (path / STATE_FILE).exists() or (path / TENSORS_FILE).exists()}
+
+
 def newest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest whole checkpoint in a run's folder: the one that `latest` names, or, where that is damaged or missing, the one of
-    the highest step. `None` if there is no whole one."""
-    folder = Path(run_folder) / "checkpoints"
+    """The newest whole checkpoint in a run's folder; `None` if there is no whole one. Sizes are looked at, not contents (`damage` does)."""
+    folders = checkpoint_folders(run_folder)
+    return next((folders[step] for step in sorted(folders, reverse=True) if is_whole(folders[step])), None)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        named = (folder / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        named = ""
-    if re.fullmatch(r"step_\d+", named) and _is_whole(folder / named):
-        return folder / named
-    return next((path for _, path in _checkpoints(run_folder) if _is_whole(path)), None)
+        table = parse_json(path.read_bytes(), tolerant=True)  # a state may hold infinity
+    except ValueError as error:
+        raise RunFolderError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(table, dict):
+        raise RunFolderError(f"{path.name} must hold a JSON object, got {type(table).__name__}")
+    return table
 
 
-def whole_checkpoints(run_folder: str | Path) -> dict[int, Path]:
-    """The whole checkpoints in a run's folder by their step, the newest first."""
-    return {step: path for step, path in _checkpoints(run_folder) if _is_whole(path)}
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`, checked against itself.
+
+    Raises:
+        RunFolderError: it cannot be read, is damaged, or of another version. FileNotFoundError: there is none.
+    """
+    state = _json_object(folder / STATE_FILE)
+    checksum = state.pop("xxh3", None)
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise RunFolderError(f"{STATE_FILE} has schema version {state.get('schema_version')!r}, this version of the library reads {SCHEMA_VERSION}")
+    if checksum != _own_checksum(state) or not isinstance(state.get("files"), dict):
+        raise RunFolderError(f"{STATE_FILE} is not what was written")
+    return state
 
 
-def _checkpoints(run_folder: str | Path) -> list[tuple[int, Path]]:
-    folder = Path(run_folder) / "checkpoints"
-    return sorted(((int(path.name[5:]), path) for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), reverse=True)
+def is_whole(folder: Path) -> bool:
+    """Whether `state.json` is sound and each file that it lists is there in full."""
+    return damage(folder, contents=False) is None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder's `state.json` can be read and each file that it lists is there in full."""
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in a few words; `None` if nothing is. With `contents` every byte is read and compared."""
     try:
-        files = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        for name, entry in read_state(folder)["files"].items():
+            path = inside(folder, name, RunFolderError, STATE_FILE)
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{name} has {size:,} of {entry['bytes']:,} bytes"
+            if contents and _checksum(path) != entry["xxh3"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (LmSaesError, OSError, KeyError, TypeError) as error:
+        return str(error).replace(f"{folder}/", "") if isinstance(error, LmSaesError) else f"{STATE_FILE} or a file beside it cannot be read"
+    return None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint from its own folder or from its run's folder (the newest whole one).
+    """A checkpoint from its own folder or from its run's folder (the newest whole one), to take weights from: those of an old checkpoint, of which
+    only the dictionary is left, will do.
 
     Raises:
         RunFolderError: there is none.
     """
     path = Path(path)
-    found = path if _is_whole(path) else newest_checkpoint(path)
+    found = path if all((path / name).is_file() for name in DICTIONARY_FILES) and _STEP.fullmatch(path.name) else newest_checkpoint(path)
     if found is None:
         raise RunFolderError(f"no whole checkpoint at {path}; give a run's folder, or one of its checkpoints/step_<n>")
     return found
@@ -294,15 +299,16 @@ def read_checkpoint(folder: Path, with_stream: bool = True) -> Checkpoint:
         RunFolderError: it cannot be read.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS_FILE)
-        stream_file = folder / STREAM_FOLDER / STATE_FILE
+        state = read_state(folder)
+        tensors, _ = read_safetensors(folder / TENSORS_FILE, RunFolderError)
         stream = None
-        if with_stream and stream_file.is_file():
-            stream_tensors = load_file(folder / STREAM_FOLDER / "tensors.safetensors")
-            stream = _with_tensors(json.loads(stream_file.read_text(encoding="utf-8")), stream_tensors)
-    except (OSError, ValueError, SafetensorError) as error:
+        if with_stream and (folder / STREAM_FOLDER / STATE_FILE).is_file():
+            stream_tensors, _ = read_safetensors(folder / STREAM_FOLDER / _STREAM_TENSORS, RunFolderError)
+            stream = _with_tensors(_json_object(folder / STREAM_FOLDER / STATE_FILE), stream_tensors)
+    except (OSError, KeyError) as error:
         raise RunFolderError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())}") from None
+    except RunFolderError as error:
+        raise RunFolderError(f"checkpoint {folder} cannot be read: {error}") from None
     return Checkpoint(folder, state, tensors, stream)
 
 

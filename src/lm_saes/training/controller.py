@@ -36,6 +36,7 @@ class TargetL0:
         """log c: the logarithm of the factor on the scheduled coefficient."""
         self._level = torch.full((), float("nan"), device=device)
         self._slope, self._origin = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.started = False
 
     def coefficient(self, scheduled: float) -> Float[Tensor, ""]:
         """The coefficient of this step: the scheduled one times c."""
@@ -51,6 +52,7 @@ class TargetL0:
     def start(self, penalty: Float[Tensor, ""], variance: Float[Tensor, ""]) -> None:
         """Begin: the line starts at the present L0. If that is above the target, raise c so far that the weighted penalty is at least
         `start_share` of the labels' variance."""
+        self.started = True
         self._origin.copy_(self._level)
         missing = (self.start_share * variance / penalty).log()
         self.log_gain += torch.where((self._level > self._log_target) & missing.isfinite(), missing.clamp(min=0), 0.0)
@@ -64,8 +66,10 @@ class TargetL0:
         self.log_gain.add_(change.clamp(-3 * self.rate, 3 * self.rate), alpha=lr_share**0.5)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"log_gain": self.log_gain, "level": self._level, "slope": self._slope, "origin": self._origin}
+        moved = {"log_gain": self.log_gain, "level": self._level, "slope": self._slope, "origin": self._origin}
+        return {**moved, "started": torch.tensor(self.started)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for own, name in ((self.log_gain, "log_gain"), (self._level, "level"), (self._slope, "slope"), (self._origin, "origin")):
             own.copy_(state[name])
+        self.started = bool(state["started"])

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lm_saes.config import TensorBoardConfig, TrackioConfig, WandbConfig
 from lm_saes.errors import ConfigError, RunFolderError
-from lm_saes.training.checkpoint import METRICS_FILE, disk_errors, write_atomically
+from lm_saes.training.run_folder import METRICS_FILE, disk_errors, write_atomically
 
 CONSOLE_METRICS = {
     "losses/overall_loss": ("loss", "{:.4g}"),

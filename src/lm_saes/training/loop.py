@@ -3,17 +3,19 @@
 1. The first batch tells how many tokens a step has, hence how many steps each run has.
 2. Batch after batch: every run that is not finished takes a step on it. The stream is read once, however many runs there are.
 3. Where a checkpoint of one run is due, all that took the step write theirs, so that they can go on together; the stream's state is
-   written once.
+   written once. Training waits until the state is copied; the copy is written behind its back.
 4. The end of the last plan, the end of the stream, or Ctrl-C. Each leaves checkpoints from which the runs can go on.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_saes.errors import DataError, RunFolderError
+from lm_saes.training.background import BackgroundWriter
+from lm_saes.training.checkpoint import on_host
 from lm_saes.training.interruption import Interruption
 from lm_saes.training.run import Run
 from lm_saes.training.step import Batch, flat_batches
@@ -40,8 +42,8 @@ def train(runs: Sequence[Run], stream: Any) -> bool:
     """
     try:
         batches = _begin(runs, stream)
-        with Interruption() as interruption:
-            return _loop(runs, stream, batches, interruption)
+        with BackgroundWriter() as writer, Interruption() as interruption:
+            return _loop(runs, batches, _Saving(runs, stream, writer), interruption)
     finally:
         for run in runs:
             run.close()
@@ -71,44 +73,76 @@ def _begin(runs: Sequence[Run], stream: Any) -> Iterator[Batch]:
     return batches
 
 
-def _loop(runs: Sequence[Run], stream: Any, batches: Iterator[Batch], interruption: Interruption) -> bool:
+def _loop(runs: Sequence[Run], batches: Iterator[Batch], saving: _Saving, interruption: Interruption) -> bool:
     while active := [run for run in runs if not run.finished]:
+        saving.check()
         batch = next(batches, None)
         if batch is None:
-            _end_early(active, stream)
+            _end_early(active, saving)
             return True
         for run in active:
             run.step(batch)
             if run.error is not None and len(runs) > 1:  # else whoever called says it
                 run.message(f"stopped: {run.error}")
-        if interruption.requested or any(run.error is None and run.checkpoint_is_due for run in active):
-            paths = _save(active, stream)
+        if interruption.requested or saving.is_due(active):
+            saved = saving.save(active)
             if interruption.requested:
-                for run, path in paths.items():
+                saving.wait()
+                for run in saved:
+                    path = f"{run.cfg.exp_result_path}/checkpoints/step_{run.cur_step}"
                     run.message(f"interrupted after step {run.cur_step} of {run.total_steps}; the checkpoint {path} can be resumed")
                 raise KeyboardInterrupt
     return False
 
 
-def _end_early(runs: Sequence[Run], stream: Any) -> None:
+def _end_early(runs: Sequence[Run], saving: _Saving) -> None:
     for run in runs:
         run.settle()
         run.ended_early()
     if any(run.cfg.n_checkpoints > 0 for run in runs):
-        _save([run for run in runs if run.cur_step > 0], stream)
+        saving.save([run for run in runs if run.cur_step > 0])
 
 
-def _save(runs: Sequence[Run], stream: Any) -> dict[Run, Path]:
-    """Checkpoints of all runs that are sound. The first holds the stream's state, the others hold the same files."""
-    for run in runs:
-        run.settle()
-    state: Any = stream.state_dict() if hasattr(stream, "state_dict") else None
-    paths: dict[Run, Path] = {}
-    for run in runs:
-        if run.error is None:
-            paths[run] = run.save_checkpoint(run.cfg.exp_result_path, state)
-            state = state and paths[run]
-    return paths
+class _Saving:
+    """When checkpoints are written, and of what."""
+
+    def __init__(self, runs: Sequence[Run], stream: Any, writer: BackgroundWriter) -> None:
+        self._runs, self._stream, self._writer = runs, stream, writer
+        self._last = time.monotonic()
+        self.check, self.wait = writer.check, writer.wait
+
+    def is_due(self, active: Sequence[Run]) -> bool:
+        """Whether the plan of one of the runs that took the step has a checkpoint now; or one is at its end and others are not, so that they can go
+        on together; or it is long since the last one, which waits while that is still being written."""
+        sound = [run for run in active if run.error is None]
+        if any(run.checkpoint_is_due for run in sound):
+            return True
+        if any(run.finished for run in sound) and not all(run.finished for run in self._runs):
+            return True
+        seconds = [60 * run.cfg.checkpoint_minutes for run in sound if run.cfg.checkpoint_minutes is not None and run.cfg.n_checkpoints > 0]
+        return bool(seconds) and time.monotonic() - self._last >= min(seconds) and not self._writer.busy
+
+    def save(self, runs: Sequence[Run]) -> list[Run]:
+        """Copy the state of all runs that are sound and of the stream, and have the copies written. The first checkpoint holds the stream's state,
+        the others the same files. What is old is removed when all are written. Gives the runs that are saved."""
+        self._writer.wait()  # before there are two copies
+        for run in runs:
+            run.settle()
+        sound = [run for run in runs if run.error is None]
+        state = on_host(self._stream.state_dict()) if hasattr(self._stream, "state_dict") else None
+        writes = [run.copy_state(run.cfg.exp_result_path) for run in sound]
+
+        def write() -> None:
+            holder: Any = state
+            for write_one in writes:
+                path = write_one(holder)
+                holder = holder and path
+            for run in sound:
+                run.remove_old_checkpoints()
+
+        self._writer.write(write)
+        self._last = time.monotonic()
+        return sound
 
 
 def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:

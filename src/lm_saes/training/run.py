@@ -1,6 +1,6 @@
 """One dictionary in training: a run without its stream. It is handed batches by `loop.py`, which may hand the same ones to many runs.
 
-begin(tokens per batch) -> step(batch), step(batch), ... with save_checkpoint where one is due -> close
+begin(tokens per batch) -> step(batch), step(batch), ... with copy_state where a checkpoint is due -> close
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 
 from lm_saes.config import TrainerConfig
 from lm_saes.errors import NonFiniteError
+from lm_saes.models.pretrained import write_files
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import FAILURE_FILE, Checkpoint, write_checkpoint, write_failure
+from lm_saes.training.checkpoint import Checkpoint, copied, remove_old, write_checkpoint
 from lm_saes.training.loggers import JsonLines, Logger
 from lm_saes.training.metrics import to_host
 from lm_saes.training.nonfinite import NonFiniteWatch
 from lm_saes.training.random_state import load_random_numbers, load_random_tensors, random_numbers, random_tensors
+from lm_saes.training.run_folder import FAILURE_FILE, write_failure
 from lm_saes.training.schedules import check_joints, checkpoint_steps, resolve, total_steps, warnings_of
 from lm_saes.training.step import Batch, TrainingStep, flat_batch
 
@@ -36,6 +38,7 @@ class Run:
         loggers: where metrics go beside `metrics.jsonl`.
         settings: JSON values kept in every checkpoint, to say what the run was.
         checkpoint: where to go on; `None` is a fresh start.
+        notes: lines for a person, said when the run begins: why it goes on there, say.
         eval_fn: called with the dictionary (eval mode, no gradients) every `eval_frequency` steps; the numbers it returns are logged.
     """
 
@@ -47,6 +50,7 @@ class Run:
         loggers: Sequence[Logger] = (),
         settings: Mapping[str, Any] | None = None,
         checkpoint: Checkpoint | None = None,
+        notes: Sequence[str] = (),
         eval_fn: EvaluationFunction | None = None,
     ) -> None:
         self.sae, self.cfg, self.checkpoint = sae, cfg, checkpoint
@@ -58,7 +62,7 @@ class Run:
         """Steps of the run; 0 before `begin`."""
         self.error: NonFiniteError | None = None
         """What stopped the run before its end."""
-        self._settings, self._eval_fn = dict(settings or {}), eval_fn
+        self._settings, self._notes, self._eval_fn = dict(settings or {}), list(notes), eval_fn
         self._loggers: list[Logger] = [JsonLines(cfg.exp_result_path), *loggers]
         self._clock = _Clock(self.device)
 
@@ -90,12 +94,16 @@ class Run:
         self.total_steps = total_steps(self.cfg, self._tokens_per_batch)
         for logger in self._loggers:
             logger.start(self.total_steps, self.total_steps * self._tokens_per_batch, self.cur_step)
+        for note in self._notes:
+            self.message(note)
         resolved = resolve(self.cfg, self.total_steps, self._tokens_per_batch, self.message)
         check_joints(resolved, self.sae.cfg, self.total_steps)
         for line in warnings_of(self.cfg, self.sae.cfg):
             warnings.warn(line, UserWarning, stacklevel=2)
         self._saved_at = checkpoint_steps(resolved, self.total_steps)
-        self._training = TrainingStep(self.sae, resolved, self.total_steps, NonFiniteWatch(self.cfg.exp_result_path))
+        self._training = TrainingStep(
+            self.sae, resolved, self.total_steps, NonFiniteWatch(self.cfg.exp_result_path, self.cfg.non_finite, self.message)
+        )
         if checkpoint is not None:
             self._restore(checkpoint)
         self._clock.start()
@@ -178,21 +186,20 @@ class Run:
         """Whether the plan has a checkpoint after the step just done."""
         return self.cur_step in self._saved_at
 
-    def save_checkpoint(self, run_folder: str | Path, stream: dict[str, Any] | Path | None) -> Path:
-        """Write `<run_folder>/checkpoints/step_<n>/`: the dictionary (unfolded), and all that going on needs.
-
-        Args:
-            stream: the stream's state; or another checkpoint, written at this moment, that holds it.
+    def copy_state(self, run_folder: str | Path) -> Callable[[dict[str, Any] | Path | None], Path]:
+        """Copy what a checkpoint in that folder holds, so that the run can go on; what is returned writes `checkpoints/step_<n>/`, from any thread.
+        It takes the stream's state, or another checkpoint, written at this moment, that holds it. It raises `RunFolderError` if the disk is full
+        or cannot be written.
 
         Raises:
-            RunFolderError: the disk is full or cannot be written.
             NonFiniteError: see `settle`.
         """
         self._training.watch.settle()
+        step, cfg, provenance = self.cur_step, self.sae.cfg, dict(self.sae.provenance)
+        weights = copied(self.sae.state_dict())
         tensors = {f"step/{name}": tensor for name, tensor in self._training.state_tensors().items()}
-        tensors |= {f"random/{name}": tensor for name, tensor in random_tensors(self.device).items()}
+        tensors = copied(tensors | {f"random/{name}": tensor for name, tensor in random_tensors(self.device).items()})
         state = {
-            "schema_version": 1,
             "total_steps": self.total_steps,
             "tokens": self.tokens,
             "tokens_per_batch": self._tokens_per_batch,
@@ -201,7 +208,15 @@ class Run:
             "scaler": self._training.scaler.state_dict(),
             "random": random_numbers(),
         }
-        return write_checkpoint(run_folder, self.cur_step, self.sae.save_pretrained, tensors, state, stream)
+
+        def save_dictionary(folder: Path) -> None:
+            write_files(cfg, provenance, weights, folder)
+
+        return lambda stream: write_checkpoint(run_folder, step, save_dictionary, tensors, state, stream)
+
+    def remove_old_checkpoints(self) -> None:
+        """Leave the newest `keep_checkpoints`. Raises `RunFolderError` if the disk cannot be written."""
+        remove_old(self.cfg.exp_result_path, self.cfg.keep_checkpoints, self._saved_at)
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ from lm_saes.errors import ConfigError
 
 _WARMS_UP = frozenset({"constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup", "exponentialwarmup"})
 _SELECTS_K = frozenset({"topk", "batchtopk"})
+CLAMPED = ("lr_warm_up_steps", "dead_threshold", "log_frequency")
+"""Fields whose default is clamped to the run (see `resolve`)."""
 
 
 class Knobs(NamedTuple):

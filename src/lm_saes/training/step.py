@@ -1,6 +1,6 @@
 """One optimizer step, and all state that training has beside the weights.
 
-    normalise the batch -> run the dictionary -> losses -> backward -> (non-finite? stop) -> clip -> optimizer -> statistics
+    normalise the batch -> run the dictionary -> losses -> backward -> (non-finite? stop, or pass over it) -> clip -> optimizer -> statistics
 
 A batch may be cut into micro-batches. Their losses are masked means over their own tokens, so weighting each by its share of the
 batch's tokens makes the sum of their gradients the gradient of the whole batch.
@@ -25,23 +25,31 @@ from lm_saes.training.controller import TargetL0
 from lm_saes.training.dead_latents import DeadLatents, firing_counts
 from lm_saes.training.metrics import BatchResult, FiringDensity, sum_of_codes
 from lm_saes.training.nonfinite import NonFiniteWatch
-from lm_saes.training.optimizers import gradient_norms, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_lr
+from lm_saes.training.optimizers import clip_gradients, gradient_norms, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_lr
 from lm_saes.training.schedules import Knobs, knobs, warm_up_ends
 
 Batch = dict[str, Any]
+ALIGNMENT = 64
+"""Bytes: a cache line, where torch's memory on a CPU begins."""
 _SMALLEST_LOSS_SCALE = 2.0**-20
 
 
 def flat_batch(batch: Batch, hook_points: list[str], device: torch.device) -> Batch:
     """The batch as rows on the device: `{hook: [N, D], "tokens": [N], "mask": [N]}`. A 2D batch is flattened by its mask; a 1D batch
     keeps its mask, or gets one that is all true."""
-    tensors = {key: batch[key].to(device, non_blocking=True) for key in (*hook_points, "tokens", "mask") if key in batch}
+    tensors = {key: aligned(batch[key].to(device, non_blocking=True)) for key in (*hook_points, "tokens", "mask") if key in batch}
     first = tensors[hook_points[0]]
     mask = tensors.setdefault("mask", torch.ones(first.shape[:-1], dtype=torch.bool, device=device)).bool()
     if first.dim() == 2:
         return {**tensors, "mask": mask}
     kept = {key: value[mask] for key, value in tensors.items() if key != "mask"}
     return {**kept, "mask": torch.ones(kept[hook_points[0]].shape[0], dtype=torch.bool, device=device)}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where torch allocates: some products on a CPU sum in an order that depends on where in a cache line their operands
+    begin, and a slice, which a resumed stream may give whole, begins anywhere."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def flat_batches(stream: Iterable[Mapping[str, Any]], hook_points: list[str], device: torch.device) -> Iterator[Batch]:
@@ -65,7 +73,7 @@ def compute_dtype(cfg: TrainerConfig, device: torch.device) -> torch.dtype | Non
 
 
 class TrainingStep:
-    """Trains `sae` by one batch per call. `cfg` must be resolved; `watch` stops at the first number that is not finite."""
+    """Trains `sae` by one batch per call. `cfg` must be resolved; `watch` looks at each step's numbers before the weights move."""
 
     def __init__(self, sae: SparseDictionary, cfg: TrainerConfig, total_steps: int, watch: NonFiniteWatch) -> None:
         self.sae, self.cfg, self.total_steps, self.watch = sae, cfg, total_steps, watch
@@ -84,10 +92,12 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     def __call__(self, batch: Batch, step: int, measure: bool) -> dict[str, Tensor]:
-        """One step (counted from 0) on a flat batch. With `measure`, the metrics as 0-dim tensors on the device; else an empty dict.
+        """One step (counted from 0) on a flat batch. With `measure`, the metrics as 0-dim tensors on the device; else an empty dict. Where the
+        batch is passed over, nothing but the schedule moves, and the metrics are those that need no batch.
 
         Raises:
-            NonFiniteError: a loss or a gradient is NaN or infinite (on CUDA: of the step before). It has not reached the weights.
+            NonFiniteError: a loss or a gradient is NaN or infinite (on CUDA: of the step before) and the run is to stop. It has not reached the
+                weights.
         """
         scheduled = knobs(self.cfg, self.sae.cfg, step, self.total_steps)
         set_lr(self.optimizer, scheduled.lr)
@@ -99,7 +109,8 @@ class TrainingStep:
         if measure:
             self._check_loss_scale()
         with torch.no_grad():
-            self._update_statistics(result, scheduled, step)
+            if gradient_norm is not None:
+                self._update_statistics(result, scheduled, step)
             return self._metrics(result, gradient_norm, scheduled, coefficient) if measure else {}
 
     def _gradients(self, batch: Batch, scheduled: Knobs, coefficient: float | Tensor, measure: bool) -> BatchResult:
@@ -138,22 +149,27 @@ class TrainingStep:
             k_aux=cfg.k_aux,
         )
 
-    def _update_weights(self, batch: Batch, step: int, result: BatchResult) -> Tensor:
-        """Check, clip and apply the gradients; their global norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
-        norms = gradient_norms(self.parameters)
-        gradient_norm = torch.linalg.vector_norm(norms)
+    def _update_weights(self, batch: Batch, step: int, result: BatchResult) -> Tensor | None:
+        """Check, clip and apply the gradients; their global norm before clipping. `None` where the batch is passed over."""
         vitals = {f"the loss term {name}": term for name, term in result.terms.items()} | {"the loss": result.loss}
+        norms = None
         if not self.scaler.is_enabled():  # with float16 an overflow of the scaled gradients is expected: the scaler skips that step
+            norms = gradient_norms(self.parameters)
             vitals |= {f"the gradient of {name}": norm for name, norm in zip(self.names.values(), norms, strict=True)}
         values = torch.stack([value.float() for value in vitals.values()])
-        self.watch.check(step + 1, batch, list(vitals), values)
+        if not self.watch.check(step + 1, batch, list(vitals), values):
+            return None
+        self.scaler.unscale_(self.optimizer)
+        gradient_norm = torch.linalg.vector_norm(gradient_norms(self.parameters) if norms is None else norms)
         with torch.no_grad():  # before the weights move: the codes, and the norms that the gate multiplies them by, are those of these weights
             self.sae.update_statistics(result.forward, result.x, result.mask)
         if not self.scaler.is_enabled() and self.device.type == "cuda":
             self.optimizer.found_inf = (~torch.isfinite(values).all()).float()  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
         if self.cfg.clip_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.clip_grad_norm, gradient_norm)
+            if self.scaler.is_enabled():  # the scaler has the optimizer's factor for itself
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.clip_grad_norm, gradient_norm)
+            else:
+                clip_gradients(self.optimizer, self.parameters, self.cfg.clip_grad_norm, gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return gradient_norm
@@ -171,12 +187,12 @@ class TrainingStep:
         self.density.update(result.counts, result.tokens)
         if self.controller is not None:
             self.controller.observe(result.l0)
-            if step == self.control_from:
+            if step >= self.control_from and not self.controller.started:  # the step itself may have been passed over
                 self.controller.start(result.terms["sparsity_loss"], label_variance(result.target, result.mask))
             if step >= self.control_from:
                 self.controller.adjust(step - self.control_from, scheduled.lr / self.cfg.lr)
 
-    def _metrics(self, result: BatchResult, gradient_norm: Tensor, scheduled: Knobs, coefficient: float | Tensor) -> dict[str, Tensor]:
+    def _metrics(self, result: BatchResult, gradient_norm: Tensor | None, scheduled: Knobs, coefficient: float | Tensor) -> dict[str, Tensor]:
         n_parameters = sum(parameter.numel() for parameter in self.parameters)
         numbers = {
             "sparsity/k": scheduled.k,
@@ -185,7 +201,11 @@ class TrainingStep:
             "details/l1_coefficient": coefficient,
             "details/lp_coefficient": scheduled.lp,
             "details/auxk_coefficient": scheduled.auxk,
+            **({"details/n_skipped_batches": self.watch.skipped} if self.cfg.non_finite == "skip" else {}),
         }
+        plain = {name: torch.as_tensor(number, dtype=widest_float(self.device)) for name, number in numbers.items()}
+        if gradient_norm is None:
+            return plain
         measured = {} if self.cfg.skip_metrics_calculation else {
             **result.metrics(),
             "metrics/gradient_norm_before_clipping": gradient_norm,
@@ -193,7 +213,7 @@ class TrainingStep:
             **self.density.metrics(),
             "sparsity/dead_fraction": self.dead_latents.dead().float().mean(),
         }  # fmt: skip
-        return {**result.losses(), **measured, **{name: torch.as_tensor(number, dtype=widest_float(self.device)) for name, number in numbers.items()}}
+        return {**result.losses(), **measured, **plain}
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -215,6 +235,6 @@ class TrainingStep:
             if name in parts:
                 part.load_state_dict(parts[name])
 
-    def _stateful(self) -> dict[str, DeadLatents | FiringDensity | TargetL0]:
+    def _stateful(self) -> dict[str, DeadLatents | FiringDensity | TargetL0 | NonFiniteWatch]:
         controller = {} if self.controller is None else {"controller": self.controller}
-        return {"dead_latents": self.dead_latents, "density": self.density, **controller}
+        return {"dead_latents": self.dead_latents, "density": self.density, "non_finite": self.watch, **controller}

@@ -13,10 +13,12 @@ from lm_saes.config import TrainerConfig
 from lm_saes.config.base import validated
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import Checkpoint, RunFolder, find_checkpoint, load_weights, read_checkpoint
+from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, read_checkpoint
 from lm_saes.training.loggers import Logger, ObjectLogger
 from lm_saes.training.loop import train
+from lm_saes.training.resume import NO_CHECKPOINT, allowed_changes, check_allowed, differences, discard_newer, newest_moment, trainer_table
 from lm_saes.training.run import EvaluationFunction, Run
+from lm_saes.training.run_folder import RunFolder
 
 
 class Trainer:
@@ -27,16 +29,24 @@ class Trainer:
         loggers: where metrics go beside `metrics.jsonl`. `fit` starts and closes them.
         settings: JSON values kept in every checkpoint, to say what the run was.
         resume: go on from the newest whole checkpoint in the run's folder; a fresh start where there is none yet.
+        allow_changes: fields of `cfg` that may differ from those that the run was begun with, when it is resumed.
     """
 
     def __init__(
-        self, cfg: TrainerConfig, *, loggers: Sequence[Logger] = (), settings: Mapping[str, Any] | None = None, resume: bool = False
+        self,
+        cfg: TrainerConfig,
+        *,
+        loggers: Sequence[Logger] = (),
+        settings: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         self.cfg = cfg
         """As given; fractions and defaults are resolved when `fit` knows how many steps there are."""
         self._settings = dict(settings or {})
         self._loggers = list(loggers)
         self._resume = resume
+        self._allow = check_allowed(f"trainer.{name.removeprefix('trainer.')}" for name in allow_changes)
         self._restored: Checkpoint | None = None
         self._run: Run | None = None
 
@@ -102,33 +112,41 @@ class Trainer:
             NonFiniteError: NaN or infinity; the weights are finite.
             KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and a checkpoint written.
         """
-        checkpoint = self._open_folder(sae)
         loggers = self._loggers if wandb_logger is None else [*self._loggers, ObjectLogger(wandb_logger)]
-        run = Run(sae, self.cfg, loggers=loggers, settings=self._settings, checkpoint=checkpoint, eval_fn=eval_fn)
-        self._run, self._restored = run, None
-        ended_early = train([run], activation_stream)
+        folder = RunFolder(self.cfg.exp_result_path)
+        with folder.owned() as killed:
+            checkpoint, notes = self._open_folder(folder, sae)
+            notes = [f"{folder.path} is taken over from {killed}, which was killed", *notes] if killed else notes
+            run = Run(sae, self.cfg, loggers=loggers, settings=self._settings, checkpoint=checkpoint, notes=notes, eval_fn=eval_fn)
+            self._run, self._restored = run, None
+            ended_early = train([run], activation_stream)
         if run.error is not None:
             raise run.error
         return True if ended_early else None
 
-    def _open_folder(self, sae: SparseDictionary) -> Checkpoint | None:
-        """The checkpoint to go on from, if there is one; `sae` gets its weights, or those that a fresh run starts from."""
+    def _open_folder(self, folder: RunFolder, sae: SparseDictionary) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, if there is one, and what is to be said about it; `sae` gets its weights, or those that a fresh run
+        starts from."""
         if self._restored is not None:
-            folder = Path(self.cfg.exp_result_path)
-            if self._restored.folder.parent.parent.resolve() != folder.resolve():  # from_checkpoint, going on in a folder of its own
-                RunFolder(folder).open()
-            return self._restored
+            if self._restored.folder.parent.parent.resolve() != folder.path.resolve():  # from_checkpoint, going on in a folder of its own
+                folder.open()
+            return self._restored, []
         if self._run is not None:
-            raise RunFolderError(
-                f"this trainer has run already in {self.cfg.exp_result_path}; make a new Trainer, with another exp_result_path or resume=True"
-            )
-        newest = RunFolder(self.cfg.exp_result_path).open(self._resume)
-        if newest is not None:
+            raise RunFolderError(f"this trainer has run already in {folder.path}; make a new Trainer, with another exp_result_path or resume=True")
+        folder.open(self._resume)
+        moment = newest_moment([self.cfg])
+        if moment.checkpoints is not None:
+            (newest,) = moment.checkpoints
+            checkpoint = read_checkpoint(newest)
+            before = validated(TrainerConfig, checkpoint.state["trainer"], origin=str(newest))
+            changes = allowed_changes(differences(trainer_table(before), trainer_table(self.cfg), "trainer."), self._allow, folder.path)
+            if changes:
+                discard_newer(newest)
             load_weights(sae, newest)
-            return read_checkpoint(newest)
+            return checkpoint, [*moment.notes, *changes]
         if self.cfg.from_pretrained_path is not None:
             load_weights(sae, find_checkpoint(self.cfg.from_pretrained_path))
-        return None
+        return None, [NO_CHECKPOINT.format(folder.path)] if folder.begun else []
 
     def save_checkpoint(self, sae: SparseDictionary, checkpoint_path: str | Path, stream: Any = None) -> Path:
         """Write `<checkpoint_path>/checkpoints/step_<n>/`: the dictionary (unfolded), and all that going on needs.
@@ -142,4 +160,4 @@ class Trainer:
         """
         if self._run is None or not self._run.begun or self._run.sae is not sae:
             raise ConfigError("there is no training to save yet; call fit first (or sae.save_pretrained for the dictionary alone)")
-        return self._run.save_checkpoint(checkpoint_path, stream.state_dict() if hasattr(stream, "state_dict") else None)
+        return self._run.copy_state(checkpoint_path)(stream.state_dict() if hasattr(stream, "state_dict") else None)

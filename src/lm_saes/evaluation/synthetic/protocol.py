@@ -6,7 +6,6 @@ What is done is not done again; what was interrupted goes on from its last check
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from lm_saes.errors import ConfigError, RunFolderError, did_you_mean
 from lm_saes.evaluation.synthetic.generator import SYNTHETIC_HOOK, SyntheticModel, SyntheticStream
 from lm_saes.evaluation.synthetic.probe import LogisticProbe
 from lm_saes.evaluation.synthetic.scores import Scores, score
+from lm_saes.files import read_json_object
 from lm_saes.models.initializer import Initializer
 from lm_saes.models.sae import SparseAutoEncoder
-from lm_saes.training.checkpoint import write_json
 from lm_saes.training.loggers import Logger
+from lm_saes.training.run_folder import write_json
 from lm_saes.training.trainer import Trainer
 
 SCORES_FILE = "scores.json"
@@ -154,7 +154,7 @@ class SyntheticBenchmark:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json_object(path, RunFolderError) if path.is_file() else None
 
 
 __all__ = ["EVALUATION_SEED", "KINDS", "PROBE_SEED", "Kind", "SyntheticBenchmark"]

@@ -1,0 +1,157 @@
+"""The folder of a run: who may use it, and the small files that are written there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lm_saes.config.dictionaries import CONFIG_FILE
+from lm_saes.errors import LmSaesError, RunFolderError
+from lm_saes.files import finite, read_json_object
+from lm_saes.locks import LOCK_FILE, Owner, exclusive
+from lm_saes.models.pretrained import WEIGHTS_FILE
+
+CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failure.json"
+UNFINISHED = ".unfinished_"
+"""What the name of a file or folder begins with until it is whole, and again while it is being removed."""
+REPLACED = f"{UNFINISHED}replaced_"
+DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_BEGUN = (METRICS_FILE, "settings.json", "initialization.json")
+
+
+class RunFolder:
+    """The folder of a run (`exp_result_path`). Making this object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.begun = False
+        """Whether `open` found what an earlier run left."""
+
+    @contextmanager
+    def owned(self, what: str = "run") -> Iterator[Owner | None]:
+        """Nobody else writes to the folder, which is made, while this is open. Gives the owner before, if it was killed.
+
+        Raises:
+            RunFolderError: another process writes there, which the message names; or the folder cannot be made.
+        """
+        self._must_be_a_folder()
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with disk_errors(str(self.path)):
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with exclusive(self.path / LOCK_FILE, f"the {what} in {self.path}") as former:
+                yield former
+        finally:
+            if made and all(path.name == LOCK_FILE for path in self.path.iterdir()):  # nothing came of it
+                with suppress(OSError):
+                    (self.path / LOCK_FILE).unlink(missing_ok=True)
+                    for folder in made:
+                        folder.rmdir()
+
+    def open(self, resume: bool = False) -> None:
+        """Make the folder ready for a run: refuse one that was used, unless to `resume`, and mend what a killed process left.
+
+        Raises:
+            RunFolderError: the folder was used and `resume` is false; or it holds a run's dictionary and no checkpoint; or it cannot be written.
+        """
+        self._must_be_a_folder()
+        checkpoints = self.path / CHECKPOINTS
+        with disk_errors(str(self.path)):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for old in checkpoints.glob(f"{REPLACED}*"):  # killed between the two renames of a replacement
+                place = checkpoints / f"step_{old.name.removeprefix(REPLACED)}"
+                if not place.exists():
+                    old.rename(place)
+            for left_over in self.path.glob(".saving-*"):  # of a killed `save_pretrained`
+                remove(left_over)
+        used = [name for name in (METRICS_FILE, CHECKPOINTS, *DICTIONARY_FILES) if _holds_something(self.path / name)]
+        if used and not resume:
+            raise RunFolderError(f"{self.path} holds the {used[0]} of an earlier run; resume that run, or choose another exp_result_path")
+        if CONFIG_FILE in used and CHECKPOINTS not in used:
+            raise RunFolderError(f"{self.path} holds {CONFIG_FILE} but no checkpoint to resume from; choose another exp_result_path")
+        self.begun = any((self.path / name).is_file() for name in _BEGUN)
+
+    def _must_be_a_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"the run's folder {self.path} is a file; choose another exp_result_path")
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(child.name.startswith("step_") for child in path.iterdir())
+    return path.is_file() and path.stat().st_size > 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file: after a crash it holds the old text or the new one."""
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def write_json(path: str | Path, table: Any) -> None:
+    """Write a JSON file, whole or not at all; numbers that are not finite become null.
+
+    Raises:
+        RunFolderError: the disk is full or cannot be written.
+    """
+    with disk_errors(str(path)):
+        write_atomically(Path(path), json.dumps(finite(table), indent=2, allow_nan=False) + "\n")
+
+
+def write_failure(run_folder: str | Path, step: int, error: Exception) -> None:
+    """Keep in a run's folder what stopped the run, and after how many steps."""
+    with disk_errors(str(run_folder)):
+        Path(run_folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(run_folder) / FAILURE_FILE, {"step": step, "error": str(error)})
+
+
+def failure_of(run_folder: str | Path) -> str | None:
+    """What stopped a run, if it was stopped by a number that is not finite and has not gone on since."""
+    try:
+        return str(read_json_object(Path(run_folder) / FAILURE_FILE, RunFolderError)["error"])
+    except (OSError, KeyError, LmSaesError):
+        return None
+
+
+@contextmanager
+def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
+    """Turn an error of the disk into one line, and remove the file or folder that is not finished."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            remove(temporary)
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
+        reason = "the disk is full; free some space, or lower n_checkpoints" if full else " ".join(str(error).split())
+        raise RunFolderError(f"cannot write {what}: {reason}") from None
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
