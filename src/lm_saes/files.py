@@ -35,7 +35,7 @@ def parse_json(text: str | bytes, *, tolerant: bool = False) -> Any:
     """
     strict: dict[str, Any] = {} if tolerant else {"object_pairs_hook": _object, "parse_float": _float, "parse_constant": _constant}
     try:
-        return json.loads(text, **strict)
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **strict)
     except RecursionError:
         raise _Refused("it is nested too deeply") from None
     except ValueError as error:
@@ -74,7 +74,7 @@ def read_json(path: Path, error: type[LmSaesError], largest: int = LARGEST_TABLE
         size = path.stat().st_size
         if size > largest:
             raise _Refused(f"it has {size:,} bytes, more than {largest:,}")
-        return parse_json(path.read_bytes().decode("utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as fault:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 
 if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary
@@ -46,8 +47,15 @@ class Feature:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Feature:
-        """The feature that `as_dict` wrote."""
-        return cls(**{**table, "contexts": [Context(**context) for context in table["contexts"]]})
+        """The feature that `as_dict` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        feature = TypeAdapter(cls).validate_python(table)
+        if any(not len(one.texts) == len(one.activations) > one.peak >= 0 for one in feature.contexts):
+            raise ValueError("contexts need an activation for each token, and a peak among them")
+        return feature
 
 
 class FeatureFinder:

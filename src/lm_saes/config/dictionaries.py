@@ -48,9 +48,9 @@ class SparseDictionaryConfig(BaseModelConfig):
 
     sae_type: str
     """The kind of dictionary: "sae"."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=2**24)
     """Width D of the activations."""
-    expansion_factor: float = Field(gt=0)
+    expansion_factor: float = Field(gt=0, le=2**24)
     """d_sae = int(d_model * expansion_factor) latents."""
     use_decoder_bias: bool = True
     """Learn b_D."""
@@ -60,7 +60,7 @@ class SparseDictionaryConfig(BaseModelConfig):
     """How activations are scaled to norm sqrt(d_model): by one constant per hook point, by the batch's mean norm (a running mean in eval mode), each vector by its own norm, or not at all ("inference": the scale is folded into the weights)."""
     sparsity_include_decoder_norm: bool = True
     """Gate on h * ||W_D row|| instead of h. The code itself is never scaled."""
-    top_k: int = Field(default=50, ge=0)
+    top_k: int = Field(default=50, ge=0, le=2**31)
     """k of the TopK family: per token, or per token on average (batchtopk)."""
     use_triton_kernel: bool = False
     """Without effect: `lm_saes.ops` chooses the kernel. Accepted with a warning."""
@@ -98,6 +98,10 @@ class SparseDictionaryConfig(BaseModelConfig):
         if self.d_sae < 1:
             raise ValueError(
                 f"expansion_factor {self.expansion_factor:g} leaves no latent at d_model {self.d_model}; use at least {1 / self.d_model:g}"
+            )
+        if self.d_sae > 2**31:
+            raise ValueError(
+                f"expansion_factor {self.expansion_factor:g} makes {self.d_sae} latents at d_model {self.d_model}; at most 2^31 can be numbered"
             )
         if self.act_fn in {"topk", "batchtopk"} and self.top_k > self.d_sae:
             raise ValueError(f"top_k must be at most d_sae = {self.d_sae}, got {self.top_k}; lower top_k or raise expansion_factor")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lm_saes.errors import ConfigError
+from lm_saes.errors import ConfigError, LmSaesError, WeightsError
 from lm_saes.interop import dictionary_learning, gemma_scope, sae_lens, sparsify
 from lm_saes.interop.equations import Native
 
@@ -35,7 +35,15 @@ def read(folder: Path, overrides: Mapping[str, Any]) -> Native | None:
         ConfigError: neither the files nor the caller say at which hook point the dictionary reads.
     """
     form = next((form for form in FORMATS if form.recognises(folder)), None)
-    return None if form is None else _with_hook_points(form.read(folder), overrides, str(folder))
+    if form is None:
+        return None
+    try:
+        native = form.read(folder)
+    except LmSaesError:
+        raise
+    except Exception as error:  # their configurations may hold anything where a number or a name should be
+        raise WeightsError(f"{folder} is not what {form.NAME} writes ({type(error).__name__}: {error})") from error
+    return _with_hook_points(native, overrides, str(folder))
 
 
 def from_saelens(source: Any, *, scaling_factor: float | None = None, **cfg_overrides: Any) -> SparseAutoEncoder:
