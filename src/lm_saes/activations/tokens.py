@@ -110,6 +110,16 @@ class TokenRows(ABC):
         return Tokens(ids, attention_mask, special, [{**self._meta, "spans": row.spans} for row in rows])
 
 
+class _Piece(NamedTuple):
+    """Tokens that stand in no row yet."""
+
+    name: str | None
+    """Their document; the separator belongs to none."""
+    ids: list[int]
+    start: int
+    """The first that is left. (Cutting the others off would take time that grows with the square of a long document.)"""
+
+
 class PackedRows(TokenRows):
     """Full rows of running text."""
 
@@ -117,7 +127,7 @@ class PackedRows(TokenRows):
         super().__init__(*args, **kwargs)
         self._separator = list(self._model.separator_ids)
         self._begun = False
-        self._pieces: deque[tuple[str | None, list[int]]] = deque()  # (document, its tokens); the separator belongs to no document
+        self._pieces: deque[_Piece] = deque()
 
     def _row(self) -> Row | None:
         ids, added = list(self._bos), list(range(len(self._bos)))
@@ -126,12 +136,13 @@ class PackedRows(TokenRows):
             if not self._pieces and not self._read():
                 self.counts["partial_row"] += len(ids) - len(self._bos)
                 return None
-            name, piece = self._pieces.popleft()
+            name, piece, start = self._pieces.popleft()
             if name is None and self._bos and len(ids) == len(self._bos):
                 continue  # the row's BOS separates already
-            taken, rest = piece[: self._context_size - len(ids)], piece[self._context_size - len(ids) :]
-            if rest:
-                self._pieces.appendleft((name, rest))
+            end = start + self._context_size - len(ids)
+            taken = piece[start:end]
+            if end < len(piece):
+                self._pieces.appendleft(_Piece(name, piece, end))
             if name is None:
                 added.extend(range(len(ids), len(ids) + len(taken)))
             elif spans and spans[-1][0] == name and spans[-1][2] == len(ids):
@@ -146,20 +157,21 @@ class PackedRows(TokenRows):
         for document in self.documents:
             if ids := self._text_ids(document):
                 if self._begun and document.first and self._separator:
-                    self._pieces.append((None, self._separator))
-                self._pieces.append((document.name, ids))
+                    self._pieces.append(_Piece(None, self._separator, 0))
+                self._pieces.append(_Piece(document.name, ids, 0))
                 self._begun = True
                 return True
         return False
 
     def _waiting(self) -> State:
-        names, lengths = [name for name, _ in self._pieces], [len(ids) for _, ids in self._pieces]
-        ids = torch.tensor([token for _, piece in self._pieces for token in piece], dtype=torch.int64)
-        return {"begun": self._begun, "names": names, "lengths": lengths, "ids": ids}
+        rest = [piece.ids[piece.start :] for piece in self._pieces]
+        ids = torch.tensor([token for tokens in rest for token in tokens], dtype=torch.int64)
+        return {"begun": self._begun, "names": [piece.name for piece in self._pieces], "lengths": [len(tokens) for tokens in rest], "ids": ids}
 
     def _load_waiting(self, state: Mapping[str, Any]) -> None:
         pieces = [piece.tolist() for piece in torch.split(state["ids"], state["lengths"])] if state["lengths"] else []
-        self._begun, self._pieces = state["begun"], deque(zip(state["names"], pieces, strict=True))
+        self._begun = state["begun"]
+        self._pieces = deque(_Piece(name, piece, 0) for name, piece in zip(state["names"], pieces, strict=True))
 
 
 class SeparateRows(TokenRows):
@@ -168,19 +180,20 @@ class SeparateRows(TokenRows):
     def __init__(self, *args: Any, end: list[int], goes_on: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._end, self._goes_on = end, goes_on
-        self._name, self._rest = "", list[int]()
+        self._name, self._ids, self._start = "", list[int](), 0  # of the document that is being cut into rows: its tokens, the first that is left
 
     def _row(self) -> Row | None:
-        while not self._rest:
+        while self._start == len(self._ids):
             document = next(self.documents, None)
             if document is None:
                 return None
-            self._name, self._rest = document.name, self._text_ids(document)
+            self._name, self._ids, self._start = document.name, self._text_ids(document), 0
             if not document.first and not self._goes_on:
                 self._cut()
         begin = len(self._bos)
         room = self._context_size - begin - len(self._end)
-        body, self._rest = self._rest[:room], self._rest[room:]
+        body = self._ids[self._start : self._start + room]
+        self._start += len(body)
         if not self._goes_on:
             self._cut()
         end = begin + len(body)
@@ -193,14 +206,14 @@ class SeparateRows(TokenRows):
         return ids[: -len(self._end)] if closed else ids
 
     def _cut(self) -> None:
-        self.counts["cut"] += len(self._rest)
-        self._rest = []
+        self.counts["cut"] += len(self._ids) - self._start
+        self._start = len(self._ids)
 
     def _waiting(self) -> State:
-        return {"name": self._name, "ids": torch.tensor(self._rest, dtype=torch.int64)}
+        return {"name": self._name, "ids": torch.tensor(self._ids[self._start :], dtype=torch.int64)}
 
     def _load_waiting(self, state: Mapping[str, Any]) -> None:
-        self._name, self._rest = state["name"], state["ids"].tolist()
+        self._name, self._ids, self._start = state["name"], state["ids"].tolist(), 0
 
 
 def token_rows(
