@@ -318,7 +318,7 @@ def test_context_size_is_the_models_up_to_1024() -> None:
 
 
 def test_byte_budget_reaches_the_buffer() -> None:
-    per_token = 2 * 6 * 4 + 8 + 1 + 8  # two hook points, the token, the mask, the slot
+    per_token = 2 * 6 * 4 + 8 + 1 + 16  # two hook points, the token, the mask, the slot and the origin
     stream = open_stream(buffer_size=1000, max_buffer_bytes=10 * per_token + 5)
     next(stream)
     assert stream._batches.capacity == 10  # pyright: ignore[reportAttributeAccessIssue]

@@ -43,7 +43,7 @@ class Counting:
         self.position = state["position"]
 
 
-PER_ENTRY = 8 + 8 + 8  # tokens, two floats, the slot
+PER_ENTRY = 8 + 8 + 16  # tokens, two floats, the slot and the origin
 
 
 def numbers(batches: list[dict[str, Any]], batch_size: int) -> list[int]:
@@ -138,11 +138,11 @@ def test_the_byte_budget_holds(budget: int, capacity: int) -> None:
 def test_lowering_the_capacity_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="lm_saes"):
         list(ShuffleBuffer(Counting([7] * 20), 3, 1000, max_bytes=10 * PER_ENTRY))
-    assert [record.getMessage() for record in caplog.records] == ["buffer_size lowered from 1,000 to 10 by max_buffer_bytes = 240"]
+    assert [record.getMessage() for record in caplog.records] == ["buffer_size lowered from 1,000 to 10 by max_buffer_bytes = 320"]
 
 
 def test_a_budget_below_one_batch_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"must hold one batch \(72 bytes\), got 71"):
+    with pytest.raises(ConfigError, match=r"must hold one batch \(96 bytes\), got 71"):
         next(ShuffleBuffer(Counting([7]), 3, 1000, max_bytes=71))
 
 

@@ -146,7 +146,10 @@ def cached_stream(
         out = Rebatch(mixed, cfg.batch_size, device=device)
     else:
         buffer_seed = seed if cfg.buffer_shuffle is None else cfg.buffer_shuffle.perm_seed
-        out = ShuffleBuffer(mixed, cfg.batch_size, cfg.buffer_size, seed=buffer_seed, max_bytes=cfg.max_buffer_bytes, device=device)
+        repeatable = interceptor is None  # which may do anything
+        out = ShuffleBuffer(
+            mixed, cfg.batch_size, cfg.buffer_size, seed=buffer_seed, max_bytes=cfg.max_buffer_bytes, device=device, repeatable=repeatable
+        )
     context_size = next((one.context_size for one in stored if one.context_size is not None), 0)
     return CachedActivationStream(cfg, out, mix, filters, context_size=context_size, hook_widths=widths if hooks else {}, seed=seed, device=device)
 

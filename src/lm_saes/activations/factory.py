@@ -99,7 +99,15 @@ class ActivationFactory:
             batches = Rebatch(items, cfg.batch_size, device=model.device)
         else:
             buffer_seed = seed if cfg.buffer_shuffle is None else cfg.buffer_shuffle.perm_seed
-            batches = ShuffleBuffer(items, cfg.batch_size, cfg.buffer_size, seed=buffer_seed, max_bytes=cfg.max_buffer_bytes, device=model.device)
+            batches = ShuffleBuffer(
+                items,
+                cfg.batch_size,
+                cfg.buffer_size,
+                seed=buffer_seed,
+                max_bytes=cfg.max_buffer_bytes,
+                device=model.device,
+                repeatable=self._interceptor is None,  # which may do anything
+            )
         ahead = Prefetch(batches, automatic_depth(model.device) if cfg.prefetch is None else cfg.prefetch, model.device)
         return ActivationStream(cfg, ahead, batches, capture, mix, rows, context_size=context_size, hook_widths=widths, seed=seed)
 

@@ -12,6 +12,9 @@ The shuffle buffer, allocated once:
    do not move.
 4. Emit: the last `batch_size` mixed places are gathered into a batch and become free.
 When the stream has ended, 3 and 4 go on until the buffer is empty.
+
+The state of the buffer is its entries, or where they come from, whichever takes fewer bytes (`replay.py`); a resumed buffer has them from the
+state, or reads them again. Both give the same batches, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,14 +27,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lm_saes.activations.replay import UNKNOWN, Anchor, Origins, fingerprint, split, state_bytes
 from lm_saes.activations.stream import State, Stream, nested, part, stopping_point
 from lm_saes.activations.tokens import restored_meta
-from lm_saes.errors import ConfigError
+from lm_saes.errors import ConfigError, DataError
 
 log = logging.getLogger("lm_saes")
 
 Items = dict[str, Any]  # key -> Tensor [n, ...] or list of n
-_BYTES_PER_SLOT = 8
+_BYTES_PER_SLOT = 16
+"""A slot and an origin."""
+_SAMPLED = 256
+"""Entries by which a buffer that was read again is compared with what it was."""
 
 
 def n_items(items: Items) -> int:
@@ -107,13 +114,23 @@ class ShuffleBuffer:
     """Batches of `batch_size` entries drawn from a buffer of `capacity` entries.
 
     `max_bytes` bounds what the buffer allocates; `capacity` is lowered to it with one log line when the size of an entry is known. One item
-    that does not fit waits beside it. Raises `ConfigError` if the budget does not hold one batch.
+    that does not fit waits beside it. Raises `ConfigError` if the budget does not hold one batch. `repeatable`: in a state that `items` had before it
+    gives the same items again, so that entries need not be saved.
     """
 
     def __init__(
-        self, items: Stream[Items], batch_size: int, capacity: int, *, seed: int = 0, max_bytes: int | None = None, device: torch.device | str = "cpu"
+        self,
+        items: Stream[Items],
+        batch_size: int,
+        capacity: int,
+        *,
+        seed: int = 0,
+        max_bytes: int | None = None,
+        device: torch.device | str = "cpu",
+        repeatable: bool = True,
     ) -> None:
         self._items, self._batch_size, self._max_bytes, self._device = items, batch_size, max_bytes, torch.device(device)
+        self._origins, self._repeatable = Origins(items), repeatable
         self.capacity = capacity
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: Items = {}
@@ -143,14 +160,14 @@ class ShuffleBuffer:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the buffer (lists not counted)."""
-        tensors = [self._slots, *(value for value in self._storage.values() if isinstance(value, Tensor))]
+        tensors = [self._slots, self._origins.of_slot, *(value for value in self._storage.values() if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _fill(self) -> None:
         while self._filled + self._arrived < self.capacity:
             if n_items(self._waiting) == 0:
                 stopping_point()
-                item = next(self._items, None)
+                item = self._origins.next()
                 if item is None:
                     self._ended = True
                     break
@@ -159,7 +176,9 @@ class ShuffleBuffer:
                 self._allocate(self._waiting)
             n = min(n_items(self._waiting), self.capacity - self._filled - self._arrived)
             free = self.capacity - self._arrived
-            self._write(sliced(self._waiting, 0, n), self._slots[free - n : free].flip(0))
+            slots = self._slots[free - n : free].flip(0)
+            self._write(sliced(self._waiting, 0, n), slots)
+            self._origins.placed(slots)
             self._arrived += n
             self._waiting = sliced(self._waiting, n)
         if n_items(self._waiting) == 0:
@@ -170,6 +189,7 @@ class ShuffleBuffer:
         free = self._slots[self._filled : self.capacity - self._arrived]
         self._slots = torch.cat([entries[torch.randperm(len(entries), generator=self._generator)], free])
         self._filled, self._arrived = len(entries), 0
+        self._origins.mixed(entries)
 
     def _entries(self) -> Tensor:
         """The places of all entries: the mixed ones, then those that arrived since, in the order in which they came."""
@@ -209,28 +229,108 @@ class ShuffleBuffer:
             for key, value in like.items()
         }
         self._slots = torch.arange(self.capacity)
+        self._origins.of_slot = torch.full((self.capacity,), UNKNOWN)
 
     def state_dict(self) -> State:
-        """The entries: first the mixed ones, the next batch at their end, then the others; free places have no content, so none is saved."""
-        counters = {"delivered": self.delivered, "remainder": self.remainder, "ended": self._ended, "mixed": self._filled}
+        """The entries, or where they come from: first the mixed ones, the next batch at their end, then the others; free places have no content,
+        so none is saved."""
+        counters = {"delivered": self.delivered, "remainder": self.remainder, "ended": self._ended, "mixed": self._filled, "read": self._origins.read}
         return {
             **counters,
             "capacity": self.capacity,
             "generator": self._generator.get_state(),
-            **nested("stored", self._gathered(self._entries())),
-            **nested("waiting", saved(self._waiting)),
+            **(self._saved_origins() if self._origins_are_smaller() else self._saved_entries()),
             **nested("items", self._items.state_dict()),
         }
+
+    def _saved_entries(self) -> State:
+        return {**nested("stored", self._gathered(self._entries())), **nested("waiting", saved(self._waiting))}
+
+    def _saved_origins(self) -> State:
+        origins, entries = self._origins, self._entries()
+        return {
+            "origins": origins.of_slot[entries],
+            "waiting_origin": origins.waiting,
+            "anchors": [anchor.read for anchor in origins.anchors],
+            "sample": self._sample(entries),
+            **nested("anchor", origins.anchors[0].state),
+        }
+
+    def _origins_are_smaller(self) -> bool:
+        """Whether where the entries come from is known, and takes fewer bytes than they do."""
+        entries, origins = self._entries(), self._origins
+        origins.drop(entries)
+        if not self._repeatable or len(entries) == 0 or not origins.anchors or origins.anchors[0].read > origins.oldest(entries):
+            return False
+        one = sum(value[:1].nbytes if isinstance(value, Tensor) else state_bytes(value[int(entries[0])]) for value in self._storage.values())
+        return origins.bytes(len(entries)) < one * len(entries) + state_bytes(self._waiting)
+
+    def _sample(self, entries: Tensor) -> str:
+        return fingerprint(self._gathered(entries[:: max(1, len(entries) // _SAMPLED)]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.delivered, self.remainder, self._ended, self.capacity = (state[key] for key in ("delivered", "remainder", "ended", "capacity"))
         self._generator.set_state(state["generator"])
-        stored = loaded(part("stored", state), self._device)
-        self._storage, self._slots, self._filled, self._arrived = {}, torch.empty(0, dtype=torch.int64), 0, 0
-        if stored:
-            self._allocate(stored)
-            self._filled = state.get("mixed", n_items(stored))  # all of them, where the state is older than this key
-            self._arrived = n_items(stored) - self._filled
-            self._write(stored, self._entries())
-        self._waiting = loaded(part("waiting", state), self._device)
+        self._storage, self._slots, self._filled, self._arrived, self._waiting = {}, torch.empty(0, dtype=torch.int64), 0, 0, {}
+        self._origins = Origins(self._items)
+        if "origins" in state:
+            self._read_again(state)
+        else:
+            stored = loaded(part("stored", state), self._device)
+            if stored:
+                self._allocate(stored)
+                self._place(n_items(stored), state["mixed"])
+                self._write(stored, self._entries())
+            self._waiting = loaded(part("waiting", state), self._device)
+        self._origins.read = state["read"]
         self._items.load_state_dict(part("items", state))
+
+    def _place(self, n: int, mixed: int) -> None:
+        self._filled, self._arrived = mixed, n - mixed
+
+    def _read_again(self, state: Mapping[str, Any]) -> None:
+        """Fill the buffer with the entries that it had, by reading what they came from.
+
+        Raises:
+            DataError: the stream does not give as many any more.
+        """
+        origins, anchors = self._origins, list(state["anchors"])
+        numbers, rows = split(state["origins"])
+        by_item = numbers.argsort(stable=True)
+        numbers = numbers[by_item].contiguous()
+        log.info("reading %s items again, for the shuffle buffer", f"{state['read'] - anchors[0]:,}")
+        self._items.load_state_dict(part("anchor", state))
+        item, entries = Items(), torch.empty(0, dtype=torch.int64)
+        for number in range(anchors[0], state["read"] + 1):
+            if number in anchors:
+                origins.anchors.append(Anchor(number, self._items.state_dict()))
+            if number == state["read"]:
+                break
+            item = next(self._items, {})
+            if n_items(item) == 0 and number in numbers:
+                raise DataError("the stream does not give what it gave when it was saved: it has fewer items; resume with the same text or files")
+            if not self._storage:
+                self._allocate(item)
+                self._place(len(rows), state["mixed"])
+                entries = self._entries()
+            first, last = (int(torch.searchsorted(numbers, number, right=right)) for right in (False, True))
+            wanted = by_item[first:last]
+            if len(wanted):
+                self._write(_taken(item, rows[wanted] % n_items(item), self._device), entries[wanted])
+        origins.of_slot[self._entries()], origins.waiting = state["origins"], state["waiting_origin"]
+        _, next_row = split(torch.tensor(origins.waiting))
+        self._waiting = sliced(item, int(next_row)) if int(next_row) < n_items(item) else {}
+        if self._sample(self._entries()) != state["sample"]:
+            log.warning(
+                "the activations that were read again are not bit for bit those of the run so far (another machine, build or number of threads): "
+                "it goes on, and ends like it, but not bit for bit"
+            )
+
+
+def _taken(items: Items, rows: Tensor, device: torch.device) -> Items:
+    """Some entries of an item."""
+    on_device = rows.to(device)
+    return {
+        key: value.to(device).index_select(0, on_device) if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
+        for key, value in items.items()
+    }
