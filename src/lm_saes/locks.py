@@ -20,6 +20,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from lm_saes.errors import LmSaesError, RunFolderError
+from lm_saes.files import parse_json
 
 LOCK_FILE = ".lock"
 
@@ -68,7 +69,7 @@ def exclusive(path: Path, what: str, *, error: type[LmSaesError] = RunFolderErro
 
 def _owner(path: Path) -> Owner | None:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_bytes())
         return Owner(str(table["host"]), int(table["process"]), str(table["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

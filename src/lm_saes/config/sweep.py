@@ -69,6 +69,8 @@ class SweepSAESettings(TrainingSettings):
         folders = [os.path.normpath(self.folder(item)) for item in self.items]
         if double := _double([os.path.normpath(self.exp_result_path), *folders]):
             raise ValueError(f"each run and the sweep need folders of their own, got {double!r} twice; change exp_result_path")
+        if len({item.trainer.non_finite for item in self.items}) > 1:
+            raise ValueError("runs on one stream begin training at the same batch: give all the same trainer.non_finite, or make two sweeps")
         needed = {item.sae_name: _initialization_batches(item) for item in self.items}
         if len(set(needed.values())) > 1:
             (one, a), (other, b) = next(pair for pair in itertools.combinations(needed.items(), 2) if pair[0][1] != pair[1][1])

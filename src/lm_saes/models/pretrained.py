@@ -68,7 +68,7 @@ def assemble(
     # On "meta" nothing is allocated or drawn that the saved tensors then replace, and no more is allocated than they are large.
     try:
         dictionary = build(cls, cfg.replace(device="meta"), device_mesh)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, TypeError) as error:  # more elements than can be counted
         raise WeightsError(f"{origin} describes a dictionary of {cfg.d_sae} latents over {cfg.d_model} dimensions: {error}") from None
     _check(origin, dictionary.state_dict(), tensors, strict)
     if not strict:  # tensors may be missing; they keep their start
@@ -228,7 +228,7 @@ def _flush(path: Path) -> None:
 def _variant(cls: type[DictionaryT], sae_type: Any, origin: str = "") -> tuple[type[SparseDictionaryConfig], type[DictionaryT]]:
     from lm_saes.models import VARIANTS  # the table names the variants, which are built on this file
 
-    if sae_type not in VARIANTS:
+    if not isinstance(sae_type, str) or sae_type not in VARIANTS:
         where = f"{origin}: " if origin else ""
         raise ConfigError(f"{where}sae_type must be one of {', '.join(VARIANTS)}, got {sae_type!r}")
     cfg_class, variant = VARIANTS[sae_type]

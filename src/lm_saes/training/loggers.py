@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lm_saes.config import TensorBoardConfig, TrackioConfig, WandbConfig
 from lm_saes.errors import ConfigError, RunFolderError
+from lm_saes.files import parse_json
 from lm_saes.training.run_folder import METRICS_FILE, disk_errors, write_atomically
 
 CONSOLE_METRICS = {
@@ -86,7 +87,7 @@ class JsonLines(Logger):
 def _step_of(line: str) -> float:
     """The step of a line; infinite for a line that a crash left unfinished."""
     try:
-        return json.loads(line)["step"]
+        return float(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
