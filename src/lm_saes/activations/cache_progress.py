@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lm_saes import locks
 from lm_saes.activations.cache_format import (
     HEADER_ERRORS,
     MANIFEST_FILE,
@@ -120,27 +119,13 @@ class Progress:
         return sum(shard.tokens for shard in self.shards)
 
 
-@contextmanager
-def exclusive(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+def exclusive(folder: Path, name: str, *, wait: bool = False) -> AbstractContextManager[object]:
     """Only one process at a time does what `name` says: writes a part ("0-of-1"), or the manifest. The lock ends with the process.
 
     Raises:
         CacheError: another process does it, and `wait` is false; the message names it.
     """
-    import fcntl  # not on Windows, where caches can be read
-
-    descriptor = os.open(folder / f"{UNFINISHED}lock-{name}", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            raise CacheError(f"{folder}, part {name}, is being written by {owner or 'another process'}; wait for it, or stop it") from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        os.close(descriptor)
+    return locks.exclusive(folder / f"{UNFINISHED}lock-{name}", f"{folder}, part {name},", error=CacheError, wait=wait)
 
 
 def room_for(n_bytes: int, folder: Path, progress: Progress) -> None:
