@@ -6,12 +6,13 @@
 `quality` takes activations of language models (each layer's resid_post; texts are the bundled corpus) or random ones, trains a TopK SAE
 on each twice from the same start on the same batches, with `native` and with `screened` operations, and prints for each:
 
-    products    float32 products per token that screening makes, over k; at the start and at the end of training
-    fall-back   share of the tokens with too many candidates, which get a float32 product of their own; at the start and at the end
+    products    float32 products per token that screening makes, over k; at the start and at the end of training; with products of integers,
+                then in bfloat16
+    fall-back   share of the tokens with too many candidates, which get a float32 product of their own; the same
     recall      of the latent that fares worst: the share of the tokens for which a float32 matrix product selects it where screening does too
     loss        of the last 50 steps, screened over native;   dead: latents that fire on no token of the last batches, with each
 
-`time` prints the time of the selection from activations to codes, exact and screened, interleaved, with its parts.
+`time` prints the time of the selection from activations to codes, exact and screened, interleaved, new weights each time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ from lm_saes.ops import SparseCodes, native
 
 SHAPES = ["768,6144,50,4096", "768,24576,50,2048", "192,1536,32,2048"]
 BATCH, K, EXPANSION, CONTEXT = 2048, 32, 8, 128
+ROUNDINGS = (native.Integers, native.Bfloat16)
 LAST = 50
 """Steps at the end over which losses and dead latents are taken."""
 
@@ -68,11 +71,11 @@ def new_dictionary(x: Tensor) -> SparseDictionary:
     return Initializer(start).initialize_sae_from_config(cfg, [{"h": piece} for piece in x.split(BATCH)])
 
 
-def screen(dictionary: SparseDictionary, x: Tensor) -> tuple[float, float, float]:
+def screen(dictionary: SparseDictionary, x: Tensor, rounding: type[native.Integers | native.Bfloat16]) -> tuple[float, float, float]:
     """Products per token over k, share of tokens that fall back, and recall of the worst latent, on some normalised activations."""
     W, b, _, _, gate_norm = dictionary.encoder()
     with torch.no_grad():
-        screened = native.ScreenedEncoder(W, b, gate_norm).topk(x, K)
+        screened = native.ScreenedEncoder(W, b, gate_norm, rounding).topk(x, K)
         wanted = native.topk(torch.addmm(b, x, W), gate_norm, K)[1]
         exact, found = (torch.zeros(len(x), W.shape[1], dtype=torch.bool).scatter_(1, indices, 1) for indices in (wanted, screened.indices))
     recall = ((exact & found).sum(0) / exact.sum(0)).nan_to_num(1.0).min()
@@ -115,45 +118,48 @@ def quality(models: list[str], layers: list[int], steps: int, n_tokens: int) -> 
     for name, x in sources():
         start = new_dictionary(x)
         sample = start.normalize_activations({"h": x[:BATCH]})["h"]
-        products, fallback, recall = screen(start, sample)
+        early = [screen(start, sample, rounding) for rounding in ROUNDINGS]
         _, loss, dead = train("native", x, steps)
         dictionary, screened_loss, screened_dead = train("screened", x, steps)
-        late_products, late_fallback, late_recall = screen(dictionary, sample)
+        late = [screen(dictionary, sample, rounding) for rounding in ROUNDINGS]
         mean = float(sample.mean(0).norm() / sample.norm(dim=1).mean())
-        print(
-            f"{name}: |mean| / mean |x| {mean:.2f}; products {products:.2f} k, {late_products:.2f} k; fall-back {fallback:.2%}, {late_fallback:.2%}; "
-            f"recall {recall:.4f}, {late_recall:.4f}; loss {loss:.5g}, screened x {screened_loss / loss:.5f}; dead {dead}, screened {screened_dead}",
-            flush=True,
-        )
+        print(f"{name}: |mean| / mean |x| {mean:.2f}; loss {loss:.5g}, screened x {screened_loss / loss:.5f}; dead {dead}, screened {screened_dead}")
+        for rounding, before, after in zip(ROUNDINGS, early, late, strict=True):
+            products, fallback, recall = zip(before, after, strict=True)
+            print(
+                f"    {rounding.__name__}: products {products[0]:.2f} k, {products[1]:.2f} k; fall-back {fallback[0]:.2%}, {fallback[1]:.2%}; "
+                f"recall {recall[0]:.4f}, {recall[1]:.4f}",
+                flush=True,
+            )
 
 
 def times(shape: str, rounds: int) -> None:
     D, F, k, N = (int(number) for number in shape.split(","))
     torch.manual_seed(0)
     x, W, b = torch.randn(N, D), torch.randn(D, F) / D**0.5, torch.zeros(F)
-    low_x, low_W, buffer = x.bfloat16(), W.bfloat16(), torch.empty(min(N, 1024), F)
-    low_buffer, screened = buffer.bfloat16(), native.ScreenedEncoder(W, b)
+    buffer, screened = torch.empty(min(N, 1024), F), [native.ScreenedEncoder(W, b, None, rounding) for rounding in ROUNDINGS]
 
-    def product(x: Tensor, W: Tensor, out: Tensor, select: Callable[[Tensor], object] = lambda _: None) -> None:
+    def exact() -> None:
         for rows in x.split(1024):
-            select(torch.mm(rows, W, out=out[: len(rows)]))
+            native.topk(torch.mm(rows, W, out=buffer[: len(rows)]), None, k)
 
-    parts = {
-        "exact": lambda: product(x, W, buffer, lambda h: native.topk(h, None, k)),
-        "its product": lambda: product(x, W, buffer),
-        "screened": lambda: (screened.update(W, b), screened.topk(x, k)),
-        "its product ": lambda: product(low_x, low_W, low_buffer),
-        "its pass over the weights": lambda: screened.update(W, b),
-    }
+    def with_new_weights(encoder: native.ScreenedEncoder) -> None:
+        encoder.update(W, b)
+        encoder.topk(x, k)
+
+    parts = {"exact": exact} | {type_.__name__: partial(with_new_weights, encoder) for type_, encoder in zip(ROUNDINGS, screened, strict=True)}
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for name in [*parts] * (rounds + 1):
         begin = time.perf_counter()
         parts[name]()
         seconds[name].append(time.perf_counter() - begin)
     medians = {name: 1e3 * statistics.median(measured[1:]) for name, measured in seconds.items()}
-    products = screened.topk(x, k).products.float().mean() / k
-    print(f"{shape}: exact / screened {medians['exact'] / medians['screened']:.2f}; products {products:.2f} k; ms:", end=" ")
-    print(", ".join(f"{name.strip()} {median:.1f}" for name, median in medians.items()), flush=True)
+    products = [encoder.topk(x, k).products for encoder in screened]
+    print(f"{shape}: exact {medians['exact']:.1f} ms", end="")
+    for rounding, made in zip(ROUNDINGS, products, strict=True):
+        ratio = medians["exact"] / medians[rounding.__name__]
+        print(f"; {rounding.__name__} {medians[rounding.__name__]:.1f} ms, ratio {ratio:.2f}, products {made.float().mean() / k:.2f} k", end="")
+    print(flush=True)
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ FEWEST_ROWS = 512
 """Tokens from which on the pass over the weights is worth it: it takes as long as the float32 product of some 200 rows."""
 SAMPLED_ROWS = 256
 """Tokens from which is seen how much integers tell."""
-WASTED = 24
-"""Integers do not pay where more than F / 24 float32 products of a token, on average, were not needed."""
+WASTED = 12
+"""Integers do not pay where more than F / 12 entries of a token, on average, were looked at in vain."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _screened(x: Float[Tensor, "N D"], encoder: Encoder, select: Callable[[Scree
 
 
 def _wasted(result: Result, n_latents: int) -> float:
-    """Float32 products of a token that were made and not needed, on average; all of them where there were too many candidates."""
+    """Entries of a token that were computed one by one and not selected, on average; all of them where there were too many candidates."""
     needed = result.counts if isinstance(result, Entries) else result.indices.shape[1]
     return float(torch.where(result.products < 0, n_latents, result.products - needed).float().mean())
 

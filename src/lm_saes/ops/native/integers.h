@@ -5,18 +5,32 @@
 // which 8 bits keep two and a half digits (Chee et al. 2023, Ashkboos et al. 2024 do so with the weights of language models). Since the
 // width need not be a power of two, the first P components are transformed and then the last P, P the largest power of two in it, with
 // signs that differ from pass to pass and keep regular vectors from adding up.
+//
+// What rounding takes away is rounded to 8 bits again, at a scale of its own. Both halves of a vector stand together in a record, for the few
+// scalar products that have to be known better than the matrix product gives them (products.h).
 #pragma once
 
 #include <cstdlib>
 
-#include "vector.h"
+#include "screen.h"
 
 namespace {
 
 constexpr int64_t BYTES = 4;      // integers in a word
-constexpr int64_t TILE_ROWS = 12;  // tokens of a tile of the product
-constexpr int64_t TILE_LATENTS = 32;
+constexpr int64_t TILE_ROWS = 12;     // tokens and ...
+constexpr int64_t TILE_LATENTS = 32;  // ... latents of a tile of the product
 constexpr int64_t ZERO = 128;  // weights are kept as unsigned bytes, from here
+
+// What a record begins with; then come the integers, and those of the rest.
+struct Header {
+    float scale, rest_scale;    // an integer times it is the component
+    int32_t total, rest_total;  // of the integers
+    float rest_error;           // the length of what is in neither half
+};
+constexpr int64_t HEADER = 64, WHOLE = 64;  // bytes; records and halves begin where cache lines do
+
+inline int64_t half_size(int64_t width) { return (width + WHOLE - 1) / WHOLE * WHOLE; }
+inline int64_t record_size(int64_t width) { return HEADER + 2 * half_size(width); }
 
 inline int64_t words(int64_t width) { return (width + BYTES - 1) / BYTES; }
 
@@ -58,9 +72,9 @@ struct Rounded {
     Ints total;             // of the integers
 };
 
-// Rounds LANES rotated vectors; word(w, integers 4 w to 4 w + 3 of each vector, as bytes, with `zero` added).
+// Rounds LANES rotated vectors; word(w, integers 4 w to 4 w + 3 of each vector, as bytes, with `zero` added). Leaves what rounding takes away.
 template <class Word>
-inline Rounded to_integers(const Floats* vectors, int64_t width, int32_t zero, const Word& word) {
+inline Rounded to_integers(Floats* vectors, int64_t width, int32_t zero, const Word& word) {
     constexpr float MOST = 127, TO_INTEGER = 0x1.8p23f;  // a sum with that keeps the nearest integer
     Floats largest = {};
     for (int64_t d = 0; d < width; d++) largest = larger(absolute(vectors[d]), largest);
@@ -82,6 +96,7 @@ inline Rounded to_integers(const Floats* vectors, int64_t width, int32_t zero, c
                 const Floats nearest = (wanted + TO_INTEGER) - TO_INTEGER, components = nearest * rounded.scale, error = vectors[d] - components;
                 rounded.squares += components * components;
                 rounded.errors += error * error;
+                vectors[d] = error;
                 integers = __builtin_convertvector(nearest, Ints);
                 rounded.total += integers;
             }
@@ -90,6 +105,57 @@ inline Rounded to_integers(const Floats* vectors, int64_t width, int32_t zero, c
         word(w, bytes);
     }
     return rounded;
+}
+
+// Rounds the first `n` of LANES rotated vectors to both halves of their records; word(w, bytes) as above, for the first half.
+template <class Word>
+inline Rounded to_records(Floats* vectors, int64_t n, int64_t width, int32_t zero, uint8_t* records, const Word& word) {
+    const int64_t size = record_size(width), half = half_size(width);
+    for (int64_t l = 0; l < n; l++) memset(records + l * size + HEADER, 0, static_cast<size_t>(2 * half));
+    const auto write = [=](uint8_t* halves, int64_t w, Ints bytes) {
+        for (int64_t l = 0; l < n; l++) {
+            const int32_t four = bytes[l];
+            memcpy(halves + l * size + w * BYTES, &four, sizeof four);
+        }
+    };
+    const Rounded rounded = to_integers(vectors, width, zero, [&](int64_t w, Ints bytes) {
+        word(w, bytes);
+        write(records + HEADER, w, bytes);
+    });
+    const Rounded rest = to_integers(vectors, width, zero, [&](int64_t w, Ints bytes) { write(records + HEADER + half, w, bytes); });
+    for (int64_t l = 0; l < n; l++) {
+        const Header header{rounded.scale[l], rest.scale[l], rounded.total[l], rest.total[l], norm_of(rest.errors[l], width)};
+        memcpy(records + l * size, &header, sizeof header);
+    }
+    return rounded;
+}
+
+// Of the halves of two vectors, `w` unsigned: w~ y~, v y~ and w~ r, whole.
+struct Dots {
+    int64_t both, with_rest, rest_with;
+};
+inline Dots dots_of_halves(const uint8_t* w, const uint8_t* y, int64_t half) {
+    const uint8_t *const v = w + half, *const r = y + half;
+#if defined(__AVX512VNNI__)
+    const auto load = [](const uint8_t* from) { return _mm512_loadu_si512(from); };
+    __m512i both = _mm512_setzero_si512(), with_rest = both, rest_with = both;
+    for (int64_t i = 0; i < half; i += WHOLE) {
+        const __m512i w_i = load(w + i), y_i = load(y + i);
+        both = _mm512_dpbusd_epi32(both, w_i, y_i);
+        with_rest = _mm512_dpbusd_epi32(with_rest, load(v + i), y_i);
+        rest_with = _mm512_dpbusd_epi32(rest_with, w_i, load(r + i));
+    }
+    return {_mm512_reduce_add_epi32(both), _mm512_reduce_add_epi32(with_rest), _mm512_reduce_add_epi32(rest_with)};
+#else
+    Dots dots{};
+    for (int64_t i = 0; i < half; i++) {
+        const int32_t y_i = static_cast<int8_t>(y[i]), r_i = static_cast<int8_t>(r[i]);
+        dots.both += w[i] * y_i;
+        dots.with_rest += v[i] * y_i;
+        dots.rest_with += w[i] * r_i;
+    }
+    return dots;
+#endif
 }
 
 // Room for LANES vectors, aligned as they must be.

@@ -4,7 +4,6 @@
 // scales, is written in bfloat16, so that what reads it (screen.h) need not know which product it was.
 
 #include "integers.h"
-#include "screen.h"
 #include "threads.h"
 
 namespace {
@@ -22,7 +21,7 @@ inline void add_dots(Ints& sums, Ints weights, int32_t x) {
 #endif
 }
 
-// Eight tokens by 48 latents. `x` has for each step the words of the eight tokens, `weights` those of the 48 latents.
+// A dozen tokens by 32 latents. `x` has for each step the words of the tokens, `weights` those of the latents.
 void tile(
     const int32_t* x, const int32_t* weights, int64_t steps, const int32_t* totals, const float* row_scales, const float* scales, int64_t n_rows,
     int64_t n_latents, int64_t stride, uint16_t* product) {
@@ -57,10 +56,12 @@ inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 extern "C" {
 
-// Of W [D, F]: its transpose, and for each latent Q w rounded to integers (in panels of 48 latents: for each four components a word of every
-// latent), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for whole panels.
+// Of W [D, F]: its transpose, and for each latent Q w rounded to integers (in panels of 32 latents: for each four components a word of every
+// latent; and as a record), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for whole
+// panels.
 void lm_saes_integer_weights(
-    const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, float* scales, float* norms, float* errors, int threads) {
+    const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, uint8_t* records, float* scales, float* norms,
+    float* errors, int threads) {
     const bool past_caches = width * n_latents > TOO_LARGE;
     for_pieces(tiles(n_latents, TILE_LATENTS), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
@@ -86,8 +87,9 @@ void lm_saes_integer_weights(
                 }
                 rotate(vectors, width);
                 int32_t* const words_of = panels + panel * words(width) * WORDS + v * LANES;
-                const Rounded rounded =
-                    to_integers(vectors, width, ZERO, [=](int64_t w, Ints bytes) { store(words_of + w * WORDS, bytes); });
+                const Rounded rounded = to_records(vectors, n, width, ZERO, records + first * record_size(width), [=](int64_t w, Ints bytes) {
+                    store(words_of + w * WORDS, bytes);
+                });
                 store(scales + first, rounded.scale);
                 for (int64_t l = 0; l < n; l++) {
                     norms[first + l] = norm_of(rounded.squares[l], width);
@@ -99,11 +101,11 @@ void lm_saes_integer_weights(
     });
 }
 
-// Of y = x - m, for x [n, D] and m [D]: Q y rounded to integers (in tiles of 8 tokens: for each four components a word of every token), for
-// each row their scale, their total, |y|, and the length of what rounding took away. Everything has room for whole vectors of rows.
+// Of y = x - m, for x [n, D] and m [D]: Q y rounded to integers (in tiles of 12 tokens: for each four components a word of every token; and as
+// records), for each row their scale, their total, |y|, and the length of what rounding took away. Everything has room for whole vectors of rows.
 void lm_saes_integer_rows(
-    const float* x, const float* centre, int64_t n_rows, int64_t width, int32_t* rounded_rows, float* scales, int32_t* totals, float* norms,
-    float* errors, int threads) {
+    const float* x, const float* centre, int64_t n_rows, int64_t width, int32_t* rounded_rows, uint8_t* records, float* scales, int32_t* totals,
+    float* norms, float* errors, int threads) {
     constexpr int64_t AT_ONCE = 3 * LANES;
     for_pieces(tiles(n_rows, AT_ONCE), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
@@ -115,7 +117,8 @@ void lm_saes_integer_rows(
             }
             for (int64_t d = 0; d < width; d++) squares += vectors[d] * vectors[d];
             rotate(vectors, width);
-            const Rounded rounded = to_integers(vectors, width, 0, [=](int64_t w, Ints bytes) {
+            const int64_t n = n_rows - top < LANES ? (n_rows > top ? n_rows - top : 0) : LANES;
+            const Rounded rounded = to_records(vectors, n, width, 0, records + top * record_size(width), [=](int64_t w, Ints bytes) {
                 for (int64_t l = 0; l < LANES; l++) {
                     const int64_t row = top + l;
                     rounded_rows[row / TILE_ROWS * words(width) * TILE_ROWS + w * TILE_ROWS + row % TILE_ROWS] = bytes[l];
@@ -123,7 +126,7 @@ void lm_saes_integer_rows(
             });
             store(scales + top, rounded.scale);
             store(totals + top, rounded.total);
-            for (int64_t l = 0; l < LANES && top + l < n_rows; l++) {
+            for (int64_t l = 0; l < n; l++) {
                 norms[top + l] = norm_of(squares[l], width);
                 errors[top + l] = norm_of(rounded.errors[l], width);
             }

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
 from lm_saes.ops.native import library
@@ -19,6 +19,8 @@ from lm_saes.ops.native.calls import run
 
 PANEL, TILE = 32, 48
 """What the integer product works on is padded to whole panels of 32 latents and to multiples of 48 tokens."""
+HEADER = 64
+"""Bytes before the two halves of a record, and what each half is padded to."""
 
 
 class Product(NamedTuple):
@@ -29,17 +31,22 @@ class Product(NamedTuple):
     """|y|, of the rows as they were."""
     errors: Float[Tensor, " n"]
     """What rounding took away: |y - y~|."""
+    records: UInt8[Tensor, "n bytes"] | None
+    """y in two halves of 8 bits (integers.h), if the products are of integers."""
     product: BFloat16[Tensor, "n F"]
 
 
 class Bfloat16:
     """A product in bfloat16.
 
+    `norms` and `errors` [F] are |w~| and |w - w~|, as in screen.h.
+
     What is taken for granted: that torch adds up a bfloat16 product in float32, as oneDNN and torch's own loops do.
     """
 
     rows_at_once = 1024
     """12 MB at 6144 latents."""
+    records = None
 
     def __init__(self, width: int, n_latents: int) -> None:
         self._rounded = torch.empty(width, n_latents, dtype=torch.bfloat16)
@@ -57,11 +64,14 @@ class Bfloat16:
         norms, errors = torch.empty(shape[0]), torch.empty(shape[0])
         for rows, n in _pieces(len(x), self.rows_at_once):
             run("screen_rows", x[rows], centre, n, width, rounded, norms, errors)
-            yield Product(rows, norms[:n], errors[:n], torch.mm(rounded[:n], self._rounded, out=buffer[:n]))
+            yield Product(rows, norms[:n], errors[:n], None, torch.mm(rounded[:n], self._rounded, out=buffer[:n]))
 
 
 class Integers:
-    """A product of 8-bit integers."""
+    """A product of 8-bit integers.
+
+    `norms` and `errors` [F] are |w~| and |w - w~|, as in screen.h; `records` [F, bytes] the weights in two halves of 8 bits, as in integers.h.
+    """
 
     rows_at_once = 480
     """6 MB at 6144 latents: what is selected from it is still in cache."""
@@ -72,10 +82,12 @@ class Integers:
         self._panels = torch.empty(_padded(width, 4) * room, dtype=torch.int8)
         self._scales = torch.empty(room)
         self.norms, self.errors = torch.empty(n_latents), torch.empty(n_latents)
+        self._record = HEADER + 2 * _padded(width, HEADER)
+        self.records = torch.empty(n_latents, self._record, dtype=torch.uint8)
 
     def update(self, W: Float[Tensor, "D F"], transposed: Float[Tensor, "F D"]) -> None:
         """Take over the weights; `transposed` is written too, on the way."""
-        run("integer_weights", W, *W.shape, transposed, self._panels, self._scales, self.norms, self.errors)
+        run("integer_weights", W, *W.shape, transposed, self._panels, self.records, self._scales, self.norms, self.errors)
 
     def of(self, x: Float[Tensor, "N D"], centre: Float[Tensor, " D"]) -> Iterator[Product]:
         """The product of x - centre, piece by piece; one empty piece if there are no rows."""
@@ -83,11 +95,12 @@ class Integers:
         room = _padded(n_rows, TILE)
         rounded, totals = (torch.empty(room * _padded(self.width, 4), dtype=torch.int8), torch.empty(room, dtype=torch.int32))
         scales, norms, errors = (torch.empty(room) for _ in range(3))
+        records = torch.empty(n_rows, self._record, dtype=torch.uint8)
         product = torch.empty(n_rows, self.n_latents, dtype=torch.bfloat16)
         for rows, n in _pieces(len(x), self.rows_at_once):
-            run("integer_rows", x[rows], centre, n, self.width, rounded, scales, totals, norms, errors)
+            run("integer_rows", x[rows], centre, n, self.width, rounded, records, scales, totals, norms, errors)
             run("integer_product", rounded, scales, totals, self._panels, self._scales, n, self.width, self.n_latents, product)
-            yield Product(rows, norms[:n], errors[:n], product[:n])
+            yield Product(rows, norms[:n], errors[:n], records[:n], product[:n])
 
 
 Rounding = Bfloat16 | Integers

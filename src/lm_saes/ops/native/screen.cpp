@@ -20,7 +20,7 @@ inline int64_t rows_at_a_time(int64_t n_rows, int threads) {
 
 // The candidates of a row, by ascending latent, and what is known of those of a block of rows.
 struct Scratch {
-    explicit Scratch(const Screen& screen) : likely(screen), others(screen) {
+    explicit Scratch(const Screen& screen) {
         const size_t room = static_cast<size_t>(screen.n_latents + LANES);
         memory = static_cast<int32_t*>(malloc(4 * sizeof(int32_t) * room));
         found = {memory, memory + room, reinterpret_cast<float*>(memory + 2 * room), 0};
@@ -33,13 +33,9 @@ struct Scratch {
     Candidates found;
     float* bounds;  // the largest gate value that a candidate may have
 
-    struct Unlikely {
-        int32_t latent;
-        float bound;
-    };
-    Products likely, others;
-    List<Unlikely> unlikely;
-    int64_t likely_end[BLOCK], unlikely_end[BLOCK], others_end[BLOCK];
+    Pairs likely, unlikely, close, others;
+    int64_t likely_end[BLOCK], unlikely_end[BLOCK], others_end[BLOCK], looked_at[BLOCK];
+    float least[BLOCK];
 };
 
 // Candidates of one row by ascending latent, with their bounds, and in place of keys those of the approximate gate values.
@@ -69,59 +65,61 @@ int64_t find_candidates(const Row& row, int64_t k, int64_t most, Scratch& scratc
     return n;
 }
 
-// The k largest of some rows; how many products each took, or -1 if there were more candidates than `most`.
+// The k largest of some rows; how many entries of each were computed one by one, or -1 if there were more candidates than `most`.
 //
-// First those products are made that are largest as far as one knows. The least of their gate values is a bound that few of the others may reach,
-// and these are made then.
-template <class RowOf>
+// First come the products that are largest as far as one knows. The least of their gate values is a bound that few of the others may reach, and
+// these follow.
 void topk_rows(
-    const Screen& screen, const RowOf& row_of, const float* x, int64_t n_rows, int64_t k, int64_t most, Scratch& scratch, float* values,
-    int64_t* indices, int64_t* products) {
-    Candidates& found = scratch.found;
-    scratch.likely.clear(), scratch.others.clear(), scratch.unlikely.clear();
+    const Screen& screen, const Rows& rows, const uint16_t* product, const float* x, int64_t n_rows, int64_t k, int64_t most, Scratch& scratch,
+    float* values, int64_t* indices, int64_t* products) {
+    auto& [memory, found, bounds, likely, unlikely, close, others, likely_end, unlikely_end, others_end, looked_at, least] = scratch;
+    likely.clear(), unlikely.clear(), close.clear(), others.clear();
     for (int64_t i = 0; i < n_rows; i++) {
-        const int64_t n = find_candidates(row_of(i), k, most, scratch);
+        const int64_t n = find_candidates(Row(screen, product + i * screen.n_latents, rows.norms[i], rows.errors[i]), k, most, scratch);
         products[i] = n > most ? -1 : 0;
         if (n <= most) {
             for (int64_t c = n; c < padded(n); c++) found.keys[c] = 0;
             const int32_t bound = n > k ? kth_largest(found.keys, padded(n), k, 0) : 0;
             for (int64_t c = 0; c < n; c++) {
-                if (found.keys[c] >= bound) {
-                    scratch.likely.want(i, found.latents[c]);
-                } else {
-                    scratch.unlikely.add({found.latents[c], scratch.bounds[c]});
-                }
+                (found.keys[c] >= bound ? likely : unlikely).add({static_cast<int32_t>(i), found.latents[c], bounds[c]});
             }
         }
-        scratch.likely_end[i] = scratch.likely.size();
-        scratch.unlikely_end[i] = scratch.unlikely.size();
+        likely_end[i] = likely.size();
+        unlikely_end[i] = unlikely.size();
     }
-    scratch.likely.compute(x);
+    compute(screen, x, likely);
     for (int64_t i = 0, l = 0, u = 0; i < n_rows; i++) {
-        float least = u < scratch.unlikely_end[i] ? __builtin_inff() : 0;
-        for (; l < scratch.likely_end[i]; l++) {
-            const float q = screen.gate(scratch.likely.h(l), scratch.likely.latent(l));
-            least = q > 0 ? (q < least ? q : least) : 0;
+        least[i] = u < unlikely_end[i] ? __builtin_inff() : 0;
+        for (; l < likely_end[i]; l++) {
+            const float q = screen.gate(likely[l].h, likely[l].latent);
+            least[i] = q > 0 ? (q < least[i] ? q : least[i]) : 0;
         }
-        for (; u < scratch.unlikely_end[i]; u++) {
-            if (!(scratch.unlikely[u].bound < least)) scratch.others.want(i, scratch.unlikely[u].latent);
+        const int64_t before = close.size();
+        for (; u < unlikely_end[i]; u++) {
+            if (!(unlikely[u].h < least[i])) close.add(unlikely[u]);
         }
-        scratch.others_end[i] = scratch.others.size();
+        looked_at[i] = close.size() - before;
     }
-    scratch.others.compute(x);
+    if (rows.records) bound(screen, rows, close);
+    for (int64_t i = 0, c = 0; i < n_rows; i++) {
+        for (const int64_t end = c + looked_at[i]; c < end; c++) {
+            if (!rows.records || !(screen.gate(close[c].h, close[c].latent) < least[i])) others.add(close[c]);
+        }
+        others_end[i] = others.size();
+    }
+    compute(screen, x, others);
     for (int64_t i = 0, l = 0, o = 0; i < n_rows; i++) {
-        const int64_t l_end = scratch.likely_end[i], o_end = scratch.others_end[i];
+        const int64_t l_end = likely_end[i], o_end = others_end[i];
         if (products[i] < 0) continue;
-        products[i] = l_end - l + o_end - o;
+        products[i] = l_end - l + looked_at[i];
         found.n = 0;
         while (l < l_end || o < o_end) {
-            const bool from_likely = o == o_end || (l < l_end && scratch.likely.latent(l) < scratch.others.latent(o));
-            const int32_t latent = from_likely ? scratch.likely.latent(l) : scratch.others.latent(o);
-            const float h = from_likely ? scratch.likely.h(l++) : scratch.others.h(o++);
-            const int32_t key = key_of(screen.gate(h, latent));
+            const bool from_likely = o == o_end || (l < l_end && likely[l].latent < others[o].latent);
+            const Pair& pair = from_likely ? likely[l++] : others[o++];
+            const int32_t key = key_of(screen.gate(pair.h, pair.latent));
             found.keys[found.n] = key;
-            found.values[found.n] = h;
-            found.latents[found.n] = latent;
+            found.values[found.n] = pair.h;
+            found.latents[found.n] = pair.latent;
             found.n += key > 0;
         }
         take_largest(found, k, values + i * k, indices + i * k);
@@ -209,18 +207,20 @@ void lm_saes_screen_rows(
     });
 }
 
-// The k largest of each row as `lm_saes_topk` gives them, and how many products in float32 each row took; -1: the row is left undone.
+// The k largest of each row as `lm_saes_topk` gives them, and how many entries of each row were computed one by one; -1: the row is left undone.
 void lm_saes_screened_topk(
-    const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
-    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, int64_t n_rows, int64_t width,
-    int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices, int64_t* products, int threads) {
-    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
+    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const uint16_t* product, const float* transposed,
+    const uint8_t* records, const float* norms, const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre,
+    int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices, int64_t* products, int threads) {
+    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, records, centre, width, n_latents};
+    const Rows rows{row_norms, row_errors, row_records};
     for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(screen);
         for (int64_t i = begin; i < end; i += BLOCK) {
             const int64_t n = end - i < BLOCK ? end - i : BLOCK;
-            const auto row = [&](int64_t r) { return Row(screen, product + (i + r) * n_latents, row_norms[i + r], row_errors[i + r]); };
-            topk_rows(screen, row, x + i * width, n, k, most, scratch, values + i * k, indices + i * k, products + i);
+            topk_rows(
+                screen, rows.from(i, width), product + i * n_latents, x + i * width, n, k, most, scratch, values + i * k, indices + i * k,
+                products + i);
         }
     });
 }
@@ -230,7 +230,7 @@ void lm_saes_screened_count(
     const float* row_norms, const float* row_errors, const uint16_t* product, const float* norms, const float* errors, const float* bias,
     const float* centred, const float* gate_norm, float centre, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents,
     int64_t* counts, int threads) {
-    const Screen screen{nullptr, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
+    const Screen screen{nullptr, norms, errors, bias, centred, gate_norm, nullptr, centre, width, n_latents};
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             int64_t n = 0;
@@ -242,31 +242,39 @@ void lm_saes_screened_count(
 
 // Those that are, from offsets[i] on, and how many. Rows with skip[i] are left alone.
 void lm_saes_screened_above(
-    const float* x, const float* row_norms, const float* row_errors, const uint16_t* product, const float* transposed, const float* norms,
-    const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre, const float* floors, float floor,
-    int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts, int64_t* indices,
-    float* values, float* gates, int threads) {
-    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, centre, width, n_latents};
+    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const uint16_t* product, const float* transposed,
+    const uint8_t* records, const float* norms, const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre,
+    const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts,
+    int64_t* indices, float* values, float* gates, int threads) {
+    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, records, centre, width, n_latents};
+    const Rows rows{row_norms, row_errors, row_records};
     for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
-        Products possible(screen);
+        Pairs possible, chosen;
         for (int64_t top = begin; top < end; top += BLOCK) {
             const int64_t stop = top + BLOCK < end ? top + BLOCK : end;
-            possible.clear();
-            int64_t ends[BLOCK];
+            possible.clear(), chosen.clear();
             for (int64_t i = top; i < stop; i++) {
+                if (skip[i]) continue;
                 const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
-                if (!skip[i]) find_possible(row, floors, floor, [&](int64_t j) { possible.want(i - top, j); });
-                ends[i - top] = possible.size();
+                find_possible(row, floors, floor, [&](int64_t j) { possible.add({static_cast<int32_t>(i - top), static_cast<int32_t>(j), 0}); });
             }
-            possible.compute(x + top * width);
+            const auto floor_of = [&](const Pair& pair) { return floors ? floors[pair.latent] : floor; };
+            if (row_records) {
+                bound(screen, rows.from(top, width), possible);
+                for (int64_t c = 0; c < possible.size(); c++) {
+                    const Pair& pair = possible[c];
+                    if (!(pair.h <= 0 || screen.gate(pair.h, pair.latent) <= floor_of(pair))) chosen.add(pair);
+                }
+            }
+            const Pairs& wanted = row_records ? chosen : possible;
+            compute(screen, x + top * width, wanted);
             for (int64_t i = top, c = 0; i < stop; i++) {
                 if (skip[i]) continue;
                 int64_t at = offsets[i];
-                for (; c < ends[i - top]; c++) {
-                    const int64_t j = possible.latent(c);
-                    const float h = possible.h(c), q = screen.gate(h, j);
-                    if (!(q > (floors ? floors[j] : floor) && h > 0)) continue;
-                    indices[at] = j;
+                for (; c < wanted.size() && wanted[c].row == i - top; c++) {
+                    const float h = wanted[c].h, q = screen.gate(h, wanted[c].latent);
+                    if (!(q > floor_of(wanted[c]) && h > 0)) continue;
+                    indices[at] = wanted[c].latent;
                     values[at] = h;
                     gates[at++] = q;
                 }

@@ -27,11 +27,16 @@ struct Screen {
     const float* bias;        // b [F]
     const float* centred;     // c [F]
     const float* gate_norm;   // [F], or null
+    const uint8_t* records;   // integers.h, [F]; null if the products are not of integers
     float centre;             // |m|
     int64_t width, n_latents;
 
     float gate(float h, int64_t j) const { return gate_norm ? h * gate_norm[j] : h; }
 };
+
+// What the rounding of float32 may come to, above; generously. Lengths are summed in float32 and bounds computed in it, too: 1 + this, squared,
+// covers that.
+inline double rounding_share(int64_t width) { return 2.02 * static_cast<double>(width + 40) / (1 << 24); }
 
 // |v| from the sum of its squares, with what squares too small for a float would have added.
 inline float norm_of(float squares, int64_t width) { return __builtin_sqrtf(squares) + static_cast<float>(width) * 0x1p-62f; }
@@ -39,8 +44,7 @@ inline float norm_of(float squares, int64_t width) { return __builtin_sqrtf(squa
 class Row {
 public:
     Row(const Screen& screen, const uint16_t* products, float norm, float error) : screen(screen), products(products) {
-        // Norms were summed in float32 and the bounds are computed in it: `more` covers that.
-        const double g = 2.02 * static_cast<double>(screen.width + 40) / (1 << 24), more = (1 + g) * (1 + g);
+        const double g = rounding_share(screen.width), more = (1 + g) * (1 + g);
         const double rounding = g * (static_cast<double>(norm) + error + screen.centre);
         norm_factor = static_cast<float>(more * (error + rounding));
         error_factor = static_cast<float>(more * (norm + rounding));

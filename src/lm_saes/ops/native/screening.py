@@ -1,8 +1,8 @@
 """Screened selection: what the float32 encoder product would select, from a product in low precision and a few exact ones.
 
 Processors multiply matrices of short numbers several times faster. The rounded product cannot be trusted with the selection, but it bounds
-each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. The candidates, some more
-than are selected, are computed in float32, and those values decide. So the selection and the values are those of a float32 product, up to
+each gate value (the derivation stands in screen.h), and what lies too low for certain need not be known better. Of the candidates, some more
+than are selected, those are computed in float32 that a closer look does not rule out, and these values decide. So the selection and the values are those of a float32 product, up to
 the rounding of a float32 product; nothing is left to chance. Rows with too many candidates get a float32 product.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_saes.ops.native.calls import check, run
 from lm_saes.ops.native.kernels import above, topk
-from lm_saes.ops.native.products import Rounding
+from lm_saes.ops.native.products import Product, Rounding
 
 CANDIDATES = 8
 """A row with more than F / 8 candidates gets a product of its own: computing so many of them one by one takes as long."""
@@ -28,7 +28,7 @@ class Selection(NamedTuple):
     values: Float[Tensor, "N k"]
     indices: Int64[Tensor, "N k"]
     products: Int64[Tensor, " N"]
-    """How many entries of each row were computed in float32; -1: all, there were too many candidates."""
+    """How many entries of each row were computed one by one; -1: the whole row was, in float32, since there were too many candidates."""
 
 
 class Entries(NamedTuple):
@@ -39,10 +39,7 @@ class Entries(NamedTuple):
     values: Float[Tensor, " m"]
     gate: Float[Tensor, " m"]
     products: Int64[Tensor, " N"]
-    """How many entries of each row were computed in float32; -1: all, there were too many candidates."""
-
-
-Arguments = tuple[Tensor | float | None, ...]
+    """How many entries of each row were computed one by one; -1: the whole row was, in float32, since there were too many candidates."""
 
 
 class _Centre(NamedTuple):
@@ -92,7 +89,7 @@ class ScreenedEncoder:
         centre = self._centre_of(x)
         most = min(n_latents, max(self._most, 2 * k))
         for piece in self._rounding.of(x, centre.mean):
-            rows, arguments = piece.rows, (*piece[1:], self._transposed, *self._bounds(centre), len(piece.product), width, n_latents, k, most)
+            rows, arguments = piece.rows, (*piece[1:], *self._latents(centre), len(piece.product), width, n_latents, k, most)
             run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
         left = (products < 0).nonzero().flatten()
         if len(left):
@@ -104,14 +101,15 @@ class ScreenedEncoder:
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
         centre = self._centre_of(x)
-        pieces = [self._above(x[piece.rows], piece[1:], self._bounds(centre), floors, least) for piece in self._rounding.of(x, centre.mean)]
+        pieces = [self._above(x[piece.rows], piece, centre, floors, least) for piece in self._rounding.of(x, centre.mean)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
-    def _above(self, x: Tensor, rows: Arguments, latents: Arguments, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    def _above(self, x: Tensor, piece: Product, centre: _Centre, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
         n_rows, (width, n_latents) = len(x), self.W.shape
         possible = x.new_empty(n_rows, dtype=torch.int64)
-        run("screened_count", *rows, *latents, floors, least, n_rows, width, n_latents, possible)
+        rows, latents = piece[1:], self._latents(centre)
+        run("screened_count", piece.norms, piece.errors, piece.product, *latents[2:], floors, least, n_rows, width, n_latents, possible)
         left = possible > self._most
         room, where, exact = possible, left.nonzero().flatten(), None
         if len(where):
@@ -121,12 +119,12 @@ class ScreenedEncoder:
         offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
         entries = (x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries))
         counts = room.clone()
-        run("screened_above", x, *rows, self._transposed, *latents, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
+        run("screened_above", x, *rows, *latents, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
         if exact is not None:
             shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
             at = torch.arange(len(exact[1])) + shift.repeat_interleave(exact[0])
-            for entry, piece in zip(entries, exact[1:], strict=True):
-                entry[at] = piece
+            for entry, part in zip(entries, exact[1:], strict=True):
+                entry[at] = part
         run("close_gaps", offsets, counts, n_rows, *entries)
         n_entries = int(counts.sum())
         return (counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries))
@@ -141,5 +139,7 @@ class ScreenedEncoder:
             self._centre = _Centre(mean, float(mean.double().norm()), torch.mv(self.W.t(), mean) + self.b)
         return self._centre
 
-    def _bounds(self, centre: _Centre) -> Arguments:
-        return (self._rounding.norms, self._rounding.errors, self.b, centre.product, self.gate_norm, centre.norm)
+    def _latents(self, centre: _Centre) -> tuple[Tensor | float | None, ...]:
+        """What the kernels are told about the latents."""
+        rounding = self._rounding
+        return (self._transposed, rounding.records, rounding.norms, rounding.errors, self.b, centre.product, self.gate_norm, centre.norm)
