@@ -59,7 +59,7 @@ class Field(NamedTuple):
         """The document that one cell holds. An absent text is an empty document."""
         if self.tokenized:
             if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(token, int) and 0 <= token < 2**31 for token in value):
-                raise DataError(f"{name}: a tokenised dataset holds lists of token ids (integers, not negative), got {_shown(value)}")
+                raise DataError(f"{name}: a tokenised dataset holds lists of token ids (integers, not negative, below 2^31), got {_shown(value)}")
             return Document(name, ids=list(value))
         if value is not None and not isinstance(value, str):
             raise DataError(f"{name}: column '{self.column}' must hold text, got {_shown(value)}; set text_column to a column of text")

@@ -96,7 +96,9 @@ class HuggingFaceLanguageModel(LanguageModel):
         largest = int(self._embedding.weight.shape[0]) - 1
         if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= largest:  # asking a GPU would make it wait
             given = f"{int(ids.min())} to {int(ids.max())}"
-            raise LanguageModelError(f"token ids must be between 0 and {largest} for {self.cfg.model_name}, got {given}")
+            raise LanguageModelError(
+                f"token ids must be between 0 and {largest} for {self.cfg.model_name}, got {given}; use text that was tokenised for this model"
+            )
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if "use_cache" in self._parameters:
             inputs["use_cache"] = False
