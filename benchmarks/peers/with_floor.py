@@ -1,6 +1,7 @@
 """No library: what a step cannot do without, each piece as fast as plain torch does it here and now.
 
-- `encoder`: the product x W_E in float32, into a buffer: in one piece or in blocks of 1024 rows, whichever is faster.
+- `encoder`: the product x W_E in float32: into a buffer, in one piece or in blocks of 1024 rows, or by torch's operator for oneDNN in such
+  blocks, whichever is fastest.
 - `sparse`: three passes that read or sum one row of D numbers for each non-zero code: the reconstruction (with the gradient of the
   codes from the same rows), and the two weight gradients, each over entries sorted by latent. Timed with `embedding_bag`.
 - `adam`: fused Adam over both weight matrices.
@@ -44,6 +45,10 @@ def train(task: Task, feed: Feed) -> None:
         for rows in x.split(BLOCK):
             torch.mm(rows, W_E, out=block[: len(rows)])
 
+    def onednn(x: torch.Tensor) -> None:
+        for rows in x.split(BLOCK):
+            torch.ops.mkldnn._linear_pointwise(rows, W_E.t(), None, "none", [], "")
+
     def sparse(x: torch.Tensor) -> None:
         embedding_bag(latents, W_D, by_token, mode="sum", per_sample_weights=values)
         for matrix in (x, gradient):
@@ -55,7 +60,8 @@ def train(task: Task, feed: Feed) -> None:
     feed.ready(parameters, lambda x: (torch.full((len(x),), per_token), x), f"torch {torch.__version__}")
     with torch.no_grad():
         x = feed.batches[0]
-        encoder = min((one_piece, blocks), key=lambda product: min(_seconds(lambda: product(x)) for _ in range(3)))
+        products = (one_piece, blocks, onednn) if hasattr(torch.ops.mkldnn, "_linear_pointwise") else (one_piece, blocks)
+        encoder = min(products, key=lambda product: min(_seconds(lambda: product(x)) for _ in range(3)))
         times: dict[str, list[float]] = {"encoder": [], "sparse": [], "adam": []}
         feed.extra = {"pieces": times, "encoder": encoder.__name__}
         for x in feed:
