@@ -26,7 +26,9 @@ PRELOADED = [
 ]  # fmt: skip
 FORWARDS = ".forwards"
 """A file beside a job's folder that grows by a byte with each forward of the language model."""
-TIMED = ("seconds", "since")
+OF_THE_PROCESS = ("seconds", "since", "random", "xxh3")
+"""What differs between any two processes: clocks, the seeds of Python's and NumPy's own generators (from which nothing here draws; that they are put
+back is held by tests/training/test_resume.py), and checksums of files that hold these."""
 
 
 def run_command(words: list[str], log: str, forwards: str) -> None:
@@ -191,10 +193,10 @@ def result_of_run(folder: Path) -> dict[str, Any]:
 
 
 def _timeless(value: Any, folder: str = "\0") -> Any:
-    """JSON without clocks, checksums of what holds clocks, and the folder's name."""
+    """JSON without what is of the process, and without the folder's name."""
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if not key.startswith("time/") and key not in TIMED and "tokens_per_second" not in key}
-        return {key: _timeless(item, folder) for key, item in kept.items() if key != "xxh3"}
+        own = [key for key in value if key.startswith("time/") or key in OF_THE_PROCESS or "tokens_per_second" in key]
+        return {key: _timeless(item, folder) for key, item in value.items() if key not in own}
     if isinstance(value, list):
         return [_timeless(item, folder) for item in value]
     return value.replace(folder, "FOLDER") if isinstance(value, str) else value

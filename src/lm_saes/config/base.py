@@ -78,12 +78,12 @@ def _check_text(name: str, value: Any) -> None:
         if "\0" in value or any("\ud800" <= mark <= "\udfff" for mark in value):
             raise ValueError(f"{name} holds a character that is no text, got {value[:100]!r}")
     elif isinstance(value, list | tuple):
-        for item in value:
-            _check_text(name, item)
+        for index, item in enumerate(value):
+            _check_text(f"{name}.{index}", item)
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_text(name, key)
-            _check_text(name, item)
+            _check_text(f"{name}.{key}", item)
 
 
 class BaseConfig(BaseModel):
