@@ -21,7 +21,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import unicodedata
 from collections.abc import Iterable
 
 LONGEST_MESSAGE = 2000
@@ -31,14 +30,14 @@ CREDENTIALS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s]+(?=@)|(?i:(?<=sig
 
 
 def one_safe_line(text: str) -> str:
-    """A message on one line of bounded length that a terminal shows as it is: control and format characters escaped, keys and passwords struck out.
+    """A message on one line of bounded length that a terminal shows as it is: what it would obey or cannot show is escaped, keys and passwords struck out.
     Messages quote files and libraries, which may hold anything."""
     text = text if len(text) <= 10 * LONGEST_MESSAGE else f"{text[: 5 * LONGEST_MESSAGE]} ... {text[-LONGEST_MESSAGE:]}"
     for name in SECRET_VARIABLES:
         secret = os.environ.get(name, "")
         text = text.replace(secret, "***") if len(secret) >= 8 else text
     text = " ".join(line.strip() for line in CREDENTIALS.sub("***", text).splitlines())
-    text = "".join(ascii(mark)[1:-1] if unicodedata.category(mark) in ("Cc", "Cf", "Cs") else mark for mark in text)
+    text = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 300]} ... {text[-280:]}"
 
 

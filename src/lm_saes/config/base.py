@@ -103,6 +103,7 @@ class BaseConfig(BaseModel):
     def _unknown_fields_name_their_neighbour(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
             for name in data:
+                _check_text(f"a name in {cls.__name__}", name)
                 if name not in cls.model_fields:
                     raise ValueError(f"{cls.__name__} has no field '{name}'{did_you_mean(str(name), cls.model_fields)}")
                 if isinstance(data[name], bool) and _is_number(cls.model_fields[name].annotation):  # pydantic would take true for 1
