@@ -12,7 +12,17 @@ import torch
 
 from lm_saes.errors import RunFolderError
 from lm_saes.training import checkpoint as module
-from lm_saes.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from lm_saes.training.checkpoint import (
+    damage,
+    find_checkpoint,
+    is_whole,
+    load_weights,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_old,
+    resumable_folders,
+    write_checkpoint,
+)
 from lm_saes.training.run_folder import RunFolder, write_json
 from tests.training.synthetic import make_dictionary
 
@@ -143,3 +153,81 @@ def test_json_is_written_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(RunFolderError, match=r"cannot write .*a\.json"):
         write_json(tmp_path / "missing" / "a.json", {})
+
+
+# ---------------------------------------------------------------------------------------------------------- damage, retention
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    """Turn one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+FILES = ["config.json", "sae_weights.safetensors", "optimizer.safetensors", "stream/state.json", "stream/tensors.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "state.json"])
+def test_every_kind_of_damage_to_every_file_is_found_and_named(name, tmp_path):
+    path = write(tmp_path, 7)
+    assert damage(path) is None
+    whole = (path / name).read_bytes()
+    (path / name).unlink()
+    assert damage(path) == f"{name} is missing"
+    (path / name).write_bytes(whole[: len(whole) // 2])
+    assert str(damage(path)).startswith(f"{name} ")
+    assert not is_whole(path)
+    (path / name).write_bytes(whole)
+    assert damage(path) is None
+    for at in (0.0, 0.1, 0.5, 0.9):
+        flip(path / name, at)
+        found = damage(path)
+        assert found is None or name in found
+        assert found is not None or json.loads((path / name).read_bytes()) == json.loads(whole), "a bit between the values of state.json"
+        (path / name).write_bytes(whole)
+
+
+def test_a_name_in_state_json_does_not_lead_out_of_the_folder(tmp_path):
+    path = write(tmp_path, 7)
+    (tmp_path / "outside").write_text("x")
+    table = json.loads((path / "state.json").read_text())
+    table.pop("xxh3")
+    table["files"]["../../outside"] = {"bytes": 1, "xxh3": ""}
+    (path / "state.json").write_text(json.dumps({**table, "xxh3": module._own_checksum(table)}))
+    assert "nothing outside" in str(damage(path))
+
+
+def test_the_last_few_stay_and_of_planned_ones_the_dictionary(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+    remove_old(tmp_path, 2, planned={1, 2, 4, 5})
+    assert names(tmp_path) == ["latest", "step_1", "step_2", "step_4", "step_5"]
+    assert sorted(resumable_folders(tmp_path)) == [4, 5]
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step}"
+        assert sorted(child.name for child in folder.iterdir()) == ["config.json", "sae_weights.safetensors"]
+        assert find_checkpoint(folder) == folder
+        load_weights(make_dictionary(seed=3), folder)
+    (tmp_path / "checkpoints" / "step_5" / "optimizer.safetensors").write_bytes(b"")
+    write(tmp_path, 6)
+    remove_old(tmp_path, 2, planned=())
+    assert sorted(resumable_folders(tmp_path)) == [4, 5, 6], "a damaged one counts for nothing"
+
+
+def test_killed_between_the_two_renames_of_a_replacement_the_old_one_is_put_back(tmp_path):
+    path = write(tmp_path, 7)
+    path.rename(path.with_name(".unfinished_replaced_7"))
+    RunFolder(tmp_path).open(resume=True)
+    assert newest_checkpoint(tmp_path) == path
+    assert damage(path) is None
+
+
+def test_two_cannot_write_one_run(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "run")
+    with folder.owned(), pytest.raises(RunFolderError, match=r"^the run in .*run is being written by process"), RunFolder(folder.path).owned():
+        pass
+    assert not (tmp_path / "a").exists(), "nothing came of it"
+    with folder.owned():
+        (folder.path / "settings.json").write_text("{}")
+    assert (folder.path / "settings.json").exists()

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -14,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm_saes.errors import RunFolderError
+from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import newest_checkpoint
+from lm_saes.training import background as background_module
+from lm_saes.training import loop as loop_module
+from lm_saes.training.checkpoint import newest_checkpoint, resumable_folders
+from lm_saes.training.loggers import Logger
 from lm_saes.training.trainer import Trainer
 from tests.training.synthetic import HOOK, SyntheticStream, make_dictionary
 
@@ -204,3 +208,151 @@ def test_a_checkpoint_loads_folded(trainer_config):
     assert loaded.cfg.norm_activation == "inference"
     batch = next(stream())
     torch.testing.assert_close(loaded.reconstruct(batch), sae.reconstruct({HOOK: batch[HOOK]}), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ damage, changes, one writer
+
+
+class Said(Logger):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying(SyntheticStream):
+    """A stream that ends like a process: nothing is finished, nothing is saved."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(batch_size=64)
+        self.at = at
+
+    def __next__(self) -> dict[str, Any]:
+        if self.position == self.at:
+            raise Killed
+        return super().__next__()
+
+
+@pytest.mark.parametrize("damaged", ["optimizer.safetensors", "sae_weights.safetensors", "stream/tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["a bit", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damaged, how, trainer_config):
+    options = {"log_frequency": 3, "n_checkpoints": 6, "check_point_save_mode": "linear"}
+    whole, parts = trainer_config(STEPS, "whole", **options), trainer_config(STEPS, "parts", **options)
+    Trainer(whole).fit(make_dictionary(), stream())
+    with pytest.raises(Killed):
+        Trainer(parts).fit(make_dictionary(), Dying(at=18))
+    path = Path(parts.exp_result_path) / "checkpoints" / "step_16" / damaged
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == "a bit" else content[: len(content) // 2])
+    if how == "gone":
+        path.unlink()
+    said = Said()
+    Trainer(parts, resume=True, loggers=[said]).fit(make_dictionary(seed=4), stream())
+    assert sum("step_16 is damaged" in text and damaged in text and "going on from step 12" in text for text in said.messages) == 1
+    assert sum(text.startswith("resumed after step 12") for text in said.messages) == 1
+    assert_same_run(whole.exp_result_path, parts.exp_result_path)
+
+
+def test_where_all_are_damaged_it_says_so(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=3, check_point_save_mode="linear")
+    Trainer(cfg).fit(make_dictionary(), stream())
+    for path in (Path(cfg.exp_result_path) / "checkpoints").glob("step_*/state.json"):
+        path.write_text("{")
+    with pytest.raises(RunFolderError, match=r"no whole checkpoint to resume from: .*step_24 is damaged \(state.json"):
+        Trainer(cfg, resume=True).fit(make_dictionary(), stream())
+
+
+def test_killed_before_the_first_checkpoint_it_starts_anew_and_says_so(trainer_config):
+    options = {"log_frequency": 1, "n_checkpoints": 1}
+    whole, parts = trainer_config(STEPS, "whole", **options), trainer_config(STEPS, "parts", **options)
+    Trainer(whole).fit(make_dictionary(), stream())
+    with pytest.raises(Killed):
+        Trainer(parts).fit(make_dictionary(), Dying(at=10))
+    with pytest.raises(RunFolderError, match=r"holds the metrics\.jsonl of an earlier run"):
+        Trainer(parts).fit(make_dictionary(), stream())
+    said = Said()
+    Trainer(parts, resume=True, loggers=[said]).fit(make_dictionary(), stream())
+    assert any("holds no checkpoint yet: the run starts from its beginning" in text for text in said.messages)
+    assert metrics(whole.exp_result_path) == metrics(parts.exp_result_path)
+
+
+def test_a_changed_configuration_is_refused_unless_the_change_is_allowed(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=6, check_point_save_mode="linear")
+    with pytest.raises(Killed):
+        Trainer(cfg).fit(make_dictionary(), Dying(at=10))
+    changed = cfg.replace(lr=1e-4, clip_grad_norm=1.0)
+    for allow in ([], ["lr"], ["trainer.lr"]):
+        wanted = r"was begun with trainer\.(lr = 0\.0004, got 0\.0001|clip_grad_norm = 0\.0, got 1\.0); .* --allow-change trainer\.\w+"
+        with pytest.raises(ConfigError, match=wanted):
+            Trainer(changed, resume=True, allow_changes=allow).fit(make_dictionary(), stream())
+    with pytest.raises(ConfigError, match="lr_warm_up_steps = the default, got 5000"):  # obeyed if set, clamped if not
+        Trainer(cfg.replace(lr_warm_up_steps=5000), resume=True).fit(make_dictionary(), stream())
+    said = Said()
+    Trainer(changed, resume=True, allow_changes=["lr", "clip_grad_norm"], loggers=[said]).fit(make_dictionary(), stream())
+    assert "trainer.lr = 0.0001 from here on; it was 0.0004" in said.messages
+    with pytest.raises(ConfigError, match=r"trainer\.seed cannot change when a run goes on"):
+        Trainer(changed, resume=True, allow_changes=["seed"])
+    with pytest.raises(ConfigError, match=r"there is no trainer\.clip_grad that could change; did you mean 'clip_grad_norm'"):
+        Trainer(changed, resume=True, allow_changes=["clip_grad"])
+
+
+def test_where_and_how_often_it_is_written_may_change_freely(trainer_config, tmp_path):
+    cfg = trainer_config(STEPS, n_checkpoints=6, check_point_save_mode="linear")
+    with pytest.raises(Killed):
+        Trainer(cfg).fit(make_dictionary(), Dying(at=10))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = cfg.replace(exp_result_path=str(tmp_path / "moved"), n_checkpoints=2, keep_checkpoints=1, checkpoint_minutes=None)
+    trainer = Trainer(moved, resume=True)
+    trainer.fit(make_dictionary(), stream())
+    assert trainer.cur_step == STEPS
+
+
+def test_after_an_allowed_change_nothing_of_the_former_future_is_left(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=6, check_point_save_mode="linear", keep_checkpoints=9)
+    Trainer(cfg).fit(make_dictionary(), stream())
+    folder = Path(cfg.exp_result_path) / "checkpoints"
+    for step in (16, 20, 24):
+        (folder / f"step_{step}" / "state.json").write_bytes(b"")
+    with pytest.raises(Killed):
+        Trainer(cfg.replace(lr=1e-4), resume=True, allow_changes=["lr"]).fit(make_dictionary(), Dying(at=14))
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_12", "step_4", "step_8"]
+
+
+def test_two_trainers_cannot_write_one_run(trainer_config):
+    cfg, refused = trainer_config(STEPS), []
+
+    class Second(SyntheticStream):
+        def __next__(self) -> dict[str, Any]:
+            if self.position == 5:
+                with pytest.raises(RunFolderError, match=f"is being written by process {os.getpid()} on") as caught:
+                    Trainer(cfg, resume=True).fit(make_dictionary(), stream())
+                refused.append(caught.value)
+            return super().__next__()
+
+    Trainer(cfg).fit(make_dictionary(), Second(batch_size=64))
+    assert len(refused) == 1
+    Trainer(cfg, resume=True).fit(make_dictionary(), stream())
+
+
+def test_checkpoints_come_by_the_clock_too(trainer_config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(SyntheticStream):
+        def __next__(self) -> dict[str, Any]:
+            clock[0] += 60 * 4
+            return super().__next__()
+
+    for minutes, steps in ((10.0, {4, 7, 10}), (None, set())):
+        cfg = trainer_config(11, f"{minutes}", n_checkpoints=1, keep_checkpoints=9, checkpoint_minutes=minutes)
+        monkeypatch.setattr(background_module.BackgroundWriter, "busy", False)
+        Trainer(cfg).fit(make_dictionary(), Slow(batch_size=64))
+        assert set(resumable_folders(cfg.exp_result_path)) == {11} | steps
