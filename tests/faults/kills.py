@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 SERVER = multiprocessing.get_context("forkserver") if "forkserver" in multiprocessing.get_all_start_methods() else None
 PRELOADED = [
-    "lm_saes.commands", "lm_saes.cache_commands", "lm_saes.cli", "tests.faults.kills", "datasets",
+    "lm_saes.commands", "lm_saes.cache_commands", "lm_saes.cli", "lm_saes.lm.huggingface", "lm_saes.ops.native", "tests.faults.kills", "datasets",
     "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
 ]  # fmt: skip
 FORWARDS = ".forwards"
