@@ -52,7 +52,7 @@ from tests.faults.terminal import generation, training
 from tests.models.variants import build
 
 HOOK = "blocks.0.hook_resid_post"
-QUICK, LONG = 40, 1000
+QUICK, LONG = 40, 300
 TRIED: dict[str, int] = {}
 
 
