@@ -17,6 +17,8 @@ LARGEST_TABLE = 64 * 2**20
 """Bytes of a JSON, TOML or YAML file. Ours have kilobytes; a parsed file takes many times its size."""
 MOST_VALUES = 1_000_000
 """Values in a configuration, after the aliases of YAML are followed."""
+DEEPEST = 64
+"""Levels of a configuration."""
 
 
 class _Refused(ValueError):
@@ -102,7 +104,7 @@ def values_within(value: Any, most: int = MOST_VALUES) -> None:
     """Count the values in nested tables and lists, as often as they are reached: a few lines of YAML can stand for billions.
 
     Raises:
-        ValueError: there are more than `most`.
+        ValueError: there are more than `most`, or they are nested too deeply.
     """
     counted = 0
     waiting: list[Iterator[Any]] = [iter((value,))]
@@ -114,6 +116,8 @@ def values_within(value: Any, most: int = MOST_VALUES) -> None:
         counted += 1
         if counted > most:
             raise _Refused(f"it stands for more than {most:,} values")
+        if len(waiting) > DEEPEST:
+            raise _Refused("it is nested too deeply")
         if isinstance(item, dict):
             waiting.append(iter(item.values()))
         elif isinstance(item, list):

@@ -24,7 +24,8 @@ from lm_saes.activations.cache_format import MANIFEST_FILE
 from lm_saes.activations.cache_progress import Progress, progress_name
 from lm_saes.activations.foreign_cache import open_activations
 from lm_saes.activations.text import load_dataset
-from lm_saes.config import DatasetConfig, LanguageModelConfig, SAEConfig, TrainSAESettings, load_settings
+from lm_saes.config import DatasetConfig, LanguageModelConfig, SAEConfig, SweepSAESettings, TrainSAESettings, load_settings
+from lm_saes.config.base import parse_overrides, validated
 from lm_saes.errors import ConfigError, DataError, LmSaesError, WeightsError
 from lm_saes.files import inside
 from lm_saes.lm.demo import demo_folder
@@ -80,7 +81,7 @@ def test_no_line_of_the_library_unpickles_or_runs_what_it_reads() -> None:
 
 def test_json_has_one_reader() -> None:
     """What is parsed elsewhere is what the library itself or the command line has just made."""
-    own = {"files.py", "base.py", "cache_samples.py", "tokenization.py"}
+    own = {"files.py", "cache_samples.py", "tokenization.py"}
     found = {path.name for path in SOURCE.rglob("*.py") for name, _ in calls(path) if name in {"json.loads", "json.load"}}
     assert found == own
 
@@ -438,7 +439,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         *((f"{harm}.json", data) for harm, data in JSON.items()),
         ("bomb.yaml", BOMB.encode()), ("itself.yaml", b"a: &a [*a]"), ("object.yaml", b'a: !!python/object/apply:os.system ["touch ran"]'),
         ("deep.yaml", b"[" * 5000), ("control.yaml", b"a: \x00"), ("a list.yaml", b"- 1"), ("latin.toml", b'a = "\xe9"'),
-        ("deep.toml", b"a = " + b"[" * 100_000), ("twice.toml", b"a = 1\na = 2"), ("empty.toml", b""), ("what.ini", b"[a]"),
+        ("deep.toml", b"a = " + b"[" * 100_000), ("dotted.toml", b"a." * 50_000 + b"a = 1"), ("twice.toml", b"a = 1\na = 2"), ("empty.toml", b""), ("what.ini", b"[a]"),
         ("long.toml", b"x" * 1_000_000 + b" = 1"), ("escape.toml", b'"\\u001b[31mred" = 1'),
         ("huge.toml", b"# " + b"x" * (65 * 2**20)),
     ],
@@ -450,6 +451,21 @@ def test_settings(tmp_path: Path, name: str, data: bytes) -> None:
     said = refusal(lambda: load_settings(TrainSAESettings, path), name.split(".")[0] if name != "what.ini" else ".ini")
     assert isinstance(said, str)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../b", ""])
+def test_the_runs_of_a_sweep_are_in_its_folder(name: str) -> None:
+    run = {"sae": {"hook_point_in": HOOK, "d_model": 8, "expansion_factor": 2}, "trainer": {}}
+    factory = {"sources": [{"name": "demo"}], "hook_points": [HOOK], "batch_size": 8}
+    table = {"items": [{"sae_name": name, **run}], "activation_factory": factory, "model": {"model_name": "demo"}, "exp_result_path": "sweep"}
+    refusal(lambda: validated(SweepSAESettings, table), "sae_name names")
+    table["items"][0]["trainer"] = {"exp_result_path": "of/its/own"}
+    assert validated(SweepSAESettings, table)
+
+
+def test_options_of_the_command_line() -> None:
+    for word in ("--" + "a." * 100_000 + "a", "--a=" + "[" * 100_000, "--a=" + "9" * 10_000):
+        refusal(lambda word=word: load_settings(TrainSAESettings, None, parse_overrides([word])))
 
 
 # ----------------------------------------------------------------------------------------------------------- messages

@@ -8,7 +8,6 @@ Merging happens here and nowhere else: defaults < file < overrides (`load_settin
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -216,6 +215,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             else:
                 text = "true"
         _place(table, name.replace("-", "_").split("."), value_of(text))
+    try:
+        values_within(table)
+    except ValueError as error:
+        raise ConfigError(f"the command line's options cannot be taken: {error}") from None
     return table
 
 
@@ -224,8 +227,8 @@ def value_of(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return json.loads(text.lower() if text.lower() in {"true", "false"} else text)
-    except json.JSONDecodeError:
+        return parse_json(text.lower() if text.lower() in {"true", "false"} else text)
+    except ValueError:
         try:
             return float(text)  # 1e-4 without a dot, inf
         except ValueError:

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from lm_saes.config.dictionaries import InitializerConfig, SAEConfig
 from lm_saes.config.settings import SAEOrPretrained, TrainingSettings, TrainSAESettings
 from lm_saes.config.training import TensorBoardConfig, TrainerConfig, WandbConfig
 from lm_saes.errors import ConfigError, did_you_mean
+from lm_saes.files import inside
 
 Grid = Mapping[str, Sequence[Any]]
 """The values of each field that differs: `{"trainer.lr": [1e-4, 3e-4], "sae.act_fn": ["topk", "batchtopk"]}`."""
@@ -66,6 +67,9 @@ class SweepSAESettings(TrainingSettings):
         names = [item.sae_name for item in self.items]
         if double := _double(names):
             raise ValueError(f"items must have different names, got sae_name = {double!r} twice")
+        for item in self.items:
+            if "exp_result_path" not in item.trainer.model_fields_set:  # its name is that of its folder
+                inside(Path(self.exp_result_path), item.sae_name, ConfigError, "sae_name")
         folders = [os.path.normpath(self.folder(item)) for item in self.items]
         if double := _double([os.path.normpath(self.exp_result_path), *folders]):
             raise ValueError(f"each run and the sweep need folders of their own, got {double!r} twice; change exp_result_path")
