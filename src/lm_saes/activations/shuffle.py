@@ -244,7 +244,9 @@ class ShuffleBuffer:
         }
 
     def _saved_entries(self) -> State:
-        return {**nested("stored", self._gathered(self._entries())), **nested("waiting", saved(self._waiting))}
+        entries = self._entries()
+        order = entries.argsort()  # as they stand in memory: copied at its speed, while training waits
+        return {"order": order, **nested("stored", self._gathered(entries[order])), **nested("waiting", saved(self._waiting))}
 
     def _saved_origins(self) -> State:
         origins, entries = self._origins, self._entries()
@@ -263,7 +265,7 @@ class ShuffleBuffer:
         if not self._repeatable or len(entries) == 0 or not origins.anchors or origins.anchors[0].read > origins.oldest(entries):
             return False
         one = sum(value[:1].nbytes if isinstance(value, Tensor) else state_bytes(value[int(entries[0])]) for value in self._storage.values())
-        return origins.bytes(len(entries)) < one * len(entries) + state_bytes(self._waiting)
+        return origins.bytes(len(entries)) < (one + 8) * len(entries) + state_bytes(self._waiting)
 
     def _sample(self, entries: Tensor) -> str:
         return fingerprint(self._gathered(entries[:: max(1, len(entries) // _SAMPLED)]))
@@ -280,7 +282,7 @@ class ShuffleBuffer:
             if stored:
                 self._allocate(stored)
                 self._place(n_items(stored), state["mixed"])
-                self._write(stored, self._entries())
+                self._write(stored, self._entries()[state["order"]])
             self._waiting = loaded(part("waiting", state), self._device)
         self._origins.read = state["read"]
         self._items.load_state_dict(part("items", state))
