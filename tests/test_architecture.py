@@ -19,7 +19,7 @@ FLOORS = {
     "training": 4, "evaluation": 4, "analysis": 4, "interop": 4,
     "records": 5, "assembly": 5, "display": 5, "runners": 5, "sweep": 5, "comparison": 5, "estimate": 5, "memory": 5, "estimate_sweep": 5, "commands": 5, "bench_cli": 5, "bench_commands": 5, "cli": 5,
     "generate": 5, "cache_cli": 5, "cache_commands": 5,
-    "inspection": 5, "compare": 5,
+    "inspection": 5, "compare": 5, "baselines": 5,
 }  # fmt: skip
 UPWARD = {("models/pretrained.py", "interop"), ("models/sae.py", "interop")}
 """The one step up, deferred to the call: a folder that is not ours (`from_pretrained`, `from_saelens`, `to_saelens`)."""

@@ -60,7 +60,14 @@ def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = Fal
 
 
 @app.command
-def train(config: Path, *overrides: Overrides, resume: bool = False, allow_change: AllowChange = None, dry_run: bool = False) -> None:
+def train(
+    config: Path,
+    *overrides: Overrides,
+    resume: bool = False,
+    allow_change: AllowChange = None,
+    dry_run: bool = False,
+    baseline: str | None = None,
+) -> None:
     """Train an SAE or a transcoder from a settings file (TOML, YAML or JSON).
 
     Parameters
@@ -71,8 +78,14 @@ def train(config: Path, *overrides: Overrides, resume: bool = False, allow_chang
         Go on from the newest checkpoint in the run's folder.
     dry_run
         Train nothing: check everything, estimate memory, disk and time, and say whether it fits.
+    baseline
+        Train a baseline of the run instead, in `baselines/` of its folder: `frozen-decoder`, `frozen-encoder` or `untrained-lm`.
     """
     settings = _settings(_file(config), overrides)
+    if baseline is not None:
+        from lm_saes.config.baselines import baseline_settings
+
+        settings = baseline_settings(settings, baseline)
     from lm_saes import commands
 
     if dry_run:
@@ -115,7 +128,7 @@ def sweep(
 
 
 @app.command
-def evaluate(target: Path, *overrides: Overrides, baseline: str | None = None) -> None:
+def evaluate(target: Path, *overrides: Overrides, baseline: list[str] | None = None) -> None:
     """Evaluate a run's dictionary on held-out text, or what a settings file (EvaluateSAESettings) names.
 
     Parameters
@@ -123,13 +136,15 @@ def evaluate(target: Path, *overrides: Overrides, baseline: str | None = None) -
     target
         A run's folder, or a settings file.
     baseline
-        Evaluate a baseline beside it: `pca`, of the dictionary's L0.
+        Evaluate a baseline beside it: `pca`, of the dictionary's L0, or one that was trained (`frozen-decoder`, `frozen-encoder`, `untrained-lm`). May
+        be given several times.
     """
-    if baseline not in (None, "pca"):
-        raise ConfigError(f"--baseline must be pca, got '{baseline}'{did_you_mean(str(baseline), ['pca'])}")
+    from lm_saes.config.baselines import check_baselines
+
+    names = check_baselines(baseline or [])
     from lm_saes import commands
 
-    commands.evaluate(target, _overrides(overrides), baseline is not None)
+    commands.evaluate(target, _overrides(overrides), names)
 
 
 @app.command

@@ -17,6 +17,7 @@ from rich.text import Text
 from lm_saes import display
 from lm_saes.analysis.features import Feature, find_features, pick
 from lm_saes.assembly import evaluation_stream
+from lm_saes.baselines import check_trained, evaluate_baselines
 from lm_saes.comparison import Row, caption, compare, comparison_table
 from lm_saes.config import EvalConfig, EvaluateSAESettings, SweepSAESettings, TrainSAESettings, load_settings
 from lm_saes.config.base import validated
@@ -82,8 +83,8 @@ def remove_run(folder: Path) -> None:
     """
     settings_of_run(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in [*(folder / name for name in RUN_FILES), *folder.glob("nonfinite_step_*.safetensors")]:
+        path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -220,20 +221,24 @@ def dry_run_of_sweep(settings: SweepSAESettings) -> None:
     terminal.print(Text(f"\n{result.verdict()}", style="bold green" if result.fits else "bold red"), soft_wrap=True)
 
 
-def evaluate(target: Path, overrides: dict[str, Any], baseline: bool) -> None:
-    """Evaluate a run's folder or a settings file and print the table."""
+def evaluate(target: Path, overrides: dict[str, Any], baselines: Sequence[str] = ()) -> None:
+    """Evaluate a run's folder or a settings file, and baselines beside it, and print the table."""
     terminal = display.console()
+    pca, trained = "pca" in baselines, [name for name in baselines if name != "pca"]
     if target.is_dir():
         settings = settings_of_run(target)
         cfg = _evaluation_config(settings, overrides)
+        check_trained(target, trained)
         sae, settings, model = load_run(target)
         with terminal.status("evaluating"):
-            results = evaluate_dictionary(sae, cfg, settings, model, baseline)
+            results = evaluate_dictionary(sae, cfg, settings, model, pca) | evaluate_baselines(target, trained, cfg)
         write_json(target / "evaluation.json", results)
     else:
+        if trained:
+            raise ConfigError(f"--baseline {trained[0]} stands beside a run; give the run's folder instead of a settings file")
         settings = load_settings(EvaluateSAESettings, target, overrides)
         with terminal.status("evaluating"):
-            results = evaluate_sae(settings, baseline=baseline)
+            results = evaluate_sae(settings, baseline=pca)
     terminal.print(display.evaluation_table(results))
     terminal.print(Text("\nexplained variance: 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖² over the kept tokens, in float64", style="dim"))
 

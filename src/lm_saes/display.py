@@ -143,7 +143,8 @@ def feature_card(feature: Feature, width: int, n_contexts: int = 5, marked: bool
 def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is trained on what, from settings as JSON values."""
     sae, trainer, model = settings["sae"], settings["trainer"], settings.get("model") or {}
-    rows = [("model", str(model.get("model_name", "–")))]
+    seed = model.get("random_weights")
+    rows = [("model", str(model.get("model_name", "–")) + ("" if seed is None else f", untrained: weights drawn with seed {seed}"))]
     if "hook_point_in" in sae:
         latents = int(sae["d_model"] * sae["expansion_factor"])
         sparsity = f", k = {sae['top_k']}" if sae["act_fn"] in {"topk", "batchtopk"} else ""
@@ -156,6 +157,8 @@ def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     paths = {source["name"]: datasets.get(source["name"], {}).get("dataset_name_or_path") for source in settings["activation_factory"]["sources"]}
     rows.append(("text", ", ".join(name if path in (None, name) else f"{name} ({path})" for name, path in paths.items())))
     rows.append(("tokens", f"{trainer['total_training_tokens']:,}"))
+    if trainer.get("frozen"):
+        rows.append(("frozen", f"the {trainer['frozen']}: it stays as it starts"))
     return rows
 
 

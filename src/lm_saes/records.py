@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lm_saes.activations.foreign_cache import open_activations
 from lm_saes.config import ActivationFactoryActivationsSource, TrainSAESettings
 from lm_saes.config.base import RUN_RECORDS, BaseConfig, validated
+from lm_saes.config.baselines import baseline_of
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.files import read_json_object
@@ -100,6 +101,8 @@ def provenance(settings: TrainSAESettings, model: LanguageModel | None) -> dict[
         "seed": settings.trainer.seed,
         "stream_seed": settings.data_seed,
     }
+    if (baseline := baseline_of(settings)) is not None:
+        record["baseline"] = baseline
     for source in settings.activation_factory.sources:
         if isinstance(source, ActivationFactoryActivationsSource):
             cached = open_activations(source.path, settings.activation_factory.hook_points, skip_damaged=True).provenance

@@ -29,6 +29,8 @@ class LanguageModelConfig(BaseModelConfig):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you say so."""
+    random_weights: int | None = Field(default=None, ge=0)
+    """Draw the weights anew, with this seed, as the architecture draws them before training: for comparison (`--baseline untrained-lm`)."""
     max_length: int = Field(default=2048, ge=2)
     """Longest context in tokens."""
     backend: Literal["huggingface", "transformer_lens", "tokenizer_only", "auto"] = "auto"

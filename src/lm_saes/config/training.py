@@ -69,6 +69,8 @@ class TrainerConfig(BaseConfig):
     """Adam's betas."""
     optimizer_class: Literal["adam", "sparseadam"] = "adam"
     """Adam, or Adam that applies updates only where the gradient is not zero."""
+    frozen: Literal["encoder", "decoder"] | None = None
+    """A part that stays as it starts, for comparison (`--baseline`): W_E and b_E (with their GLU), or W_D. All else is trained."""
     optimizer_foreach: bool = True
     """Without effect (the fused implementation is used). Setting it warns."""
     lr_scheduler_name: Literal[

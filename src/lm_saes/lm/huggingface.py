@@ -173,6 +173,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             "tokenizer_hash": self.tokenizer_hash,
             "hook_width_source": "a forward pass of one token",
             "backend": "huggingface",
+            **({} if self.cfg.random_weights is None else {"random_weights": self.cfg.random_weights}),
         }
 
 
@@ -276,6 +277,10 @@ def _load_weights(cfg: LanguageModelConfig) -> nn.Module:
             if getattr(config, "is_encoder_decoder", False):
                 raise LanguageModelError(f"{location} is an encoder-decoder model ({config.model_type}); causal and encoder models are supported")
             auto = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
+            if cfg.random_weights is not None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(cfg.random_weights)
+                    return auto.from_config(config, dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code).eval()
             loaded: Any = auto.from_pretrained(
                 location, config=config, dtype=cfg.dtype, use_safetensors=True, output_loading_info=True, **_source(cfg)
             )

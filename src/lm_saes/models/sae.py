@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -62,6 +62,10 @@ class SparseAutoEncoder(SparseDictionary):
 
     def encoder(self) -> Encoder:
         return Encoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu, self.decoder_norm() if self.cfg.sparsity_include_decoder_norm else None)
+
+    def parameters_of(self, part: Literal["encoder", "decoder"]) -> list[nn.Parameter]:
+        names = ("W_D",) if part == "decoder" else ("W_E", "b_E", "W_E_glu", "b_E_glu")
+        return [parameter for name, parameter in self.named_parameters(recurse=False) if name in names]
 
     def decode(self, codes: Codes, x: Float[Tensor, "*shape D"] | None = None) -> Float[Tensor, "*shape D"]:
         if isinstance(codes, SparseCodes) or codes.ndim == 2:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_saes import losses, ops
 from lm_saes.config import LanguageModelConfig, SparseDictionaryConfig
@@ -137,6 +137,10 @@ class SparseDictionary(ActivationSpace):
         """The reconstruction in the dictionary's own space."""
         return self.run(x.reshape(-1, x.shape[-1])).reconstruction.view(*x.shape[:-1], -1)
 
+    @abstractmethod
+    def parameters_of(self, part: Literal["encoder", "decoder"]) -> list[nn.Parameter]:
+        """What `TrainerConfig.frozen` keeps: the weights and biases of the encoder, or the rows of the decoder. (b_D is of neither.)"""
+
     def learned_threshold(self) -> Float[Tensor, " F"] | None:
         """theta of JumpReLU in gate space, differentiable; None where no threshold is learned."""
         return self.activation_function.learned_threshold()
@@ -186,9 +190,11 @@ class SparseDictionary(ActivationSpace):
         self.activation_function.calibrate(((_rows(self.prepare_input(b)), _row_mask(b)) for b in batches), self.encoder(), self.current_k)
 
     def get_parameters(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer: "others", and "jumprelu" where thresholds are learned."""
+        """Parameter groups of the optimizer: "others", and "jumprelu" where thresholds are learned. What needs no gradient is in none."""
         learned = list(self.activation_function.parameters())
-        others = [parameter for parameter in self.parameters() if not any(parameter is threshold for threshold in learned)]
+        others = [
+            parameter for parameter in self.parameters() if parameter.requires_grad and not any(parameter is threshold for threshold in learned)
+        ]
         return [{"params": others, "name": "others"}, *([{"params": learned, "name": "jumprelu"}] if learned else [])]
 
     def compute_loss(

@@ -176,6 +176,9 @@ class Run:
     def close(self) -> None:
         """The run is over, however it ended."""
         self.sae.eval()
+        if self.cfg.frozen is not None:
+            for parameter in self.sae.parameters_of(self.cfg.frozen):
+                parameter.requires_grad_(True)
         for logger in self._loggers:
             logger.close()
 

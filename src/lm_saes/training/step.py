@@ -77,8 +77,11 @@ class TrainingStep:
 
     def __init__(self, sae: SparseDictionary, cfg: TrainerConfig, total_steps: int, watch: NonFiniteWatch) -> None:
         self.sae, self.cfg, self.total_steps, self.watch = sae, cfg, total_steps, watch
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in sae.named_parameters()}
-        self.parameters = list(sae.parameters())
+        if cfg.frozen is not None:
+            for parameter in sae.parameters_of(cfg.frozen):
+                parameter.requires_grad_(False)  # until the run is closed
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in sae.named_parameters() if parameter.requires_grad}
+        self.parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         if self.device.type == "cpu":
             reuse_freed_memory()
