@@ -17,7 +17,7 @@ FLOORS = {
     "models": 2, "losses": 2,
     "lm": 3, "activations": 3.5,
     "training": 4, "evaluation": 4, "analysis": 4, "interop": 4,
-    "records": 5, "assembly": 5, "display": 5, "runners": 5, "sweep": 5, "comparison": 5, "estimate": 5, "memory": 5, "estimate_sweep": 5, "commands": 5, "bench_cli": 5, "bench_commands": 5, "cli": 5,
+    "records": 5, "assembly": 5, "display": 5, "runners": 5, "sweep": 5, "comparison": 5, "memory": 5, "fitting": 5, "estimate": 5, "estimate_sweep": 5, "commands": 5, "bench_cli": 5, "bench_commands": 5, "cli": 5,
     "generate": 5, "cache_cli": 5, "cache_commands": 5,
     "inspection": 5, "compare": 5, "baselines": 5,
 }  # fmt: skip

@@ -256,7 +256,33 @@ def test_the_clock_of_a_run_counts_set_up_apart():
     assert read["wall"] >= read["setup"] + 4 * 0.02
 
 
-@pytest.mark.parametrize("script", ["training_step", "end_to_end", "scaling"])
+def test_pieces_are_shares_of_a_step():
+    import stream
+    from stream import Seconds
+
+    times = {
+        "step": [Seconds(9.0, 10.0), Seconds(4.0, 8.0), Seconds(5.0, 30.0)],
+        "shuffle": [Seconds(0.4, 1.0), Seconds(0.2, 0.5), Seconds(7.0, 0.1)],
+        "statistics": [Seconds(0.04, 0.1)] * 3,
+        "log step": [Seconds(-9.0, 1.0), Seconds(1.0, 2.0), Seconds(2.0, 9.0)],
+    }
+    found = stream.shares(times)
+    assert found == {"shuffle": (0.2 / 4, 0.5 / 10), "statistics": (0.04 / 4, 0.1 / 10), "log step": (1.0 / 4, 2.0 / 10)}
+
+
+def test_what_is_watched_is_counted_and_put_back():
+    import stream
+
+    before = stream.step_module.firing_counts
+    times = stream.measure(stream.Shape(16, 64, 4, 128, 1024), "batchtopk", rounds=2)
+    assert stream.step_module.firing_counts is before
+    assert {name: len(each) for name, each in times.items()} == dict.fromkeys(("step", *stream.PIECES), 2)
+    for step, part in zip(times["step"], times["statistics"], strict=True):
+        assert 0 < part.wall < step.wall
+    assert min(one.wall for one in times["shuffle"]) > 0
+
+
+@pytest.mark.parametrize("script", ["training_step", "end_to_end", "scaling", "stream", "memory"])
 def test_help_is_there(script):
     text = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], check=True, capture_output=True, text=True).stdout
-    assert "--json" in text
+    assert f"{script}.py" in text

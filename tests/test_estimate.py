@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lm_saes import SAEConfig, SparseAutoEncoder, TrainSAESettings
-from lm_saes.estimate import KNOBS, Estimate, duration, estimate, size
+from lm_saes.errors import ConfigError
+from lm_saes.estimate import KNOBS, Estimate, duration, estimate, refuse_what_cannot_fit, size
+from lm_saes.runners import train_sae
 from tests.lm.tiny_models import save_tiny
 
 HOOK = "blocks.0.hook_resid_post"
@@ -39,10 +42,10 @@ def test_parameters_are_those_of_the_dictionary(settings, act_fn, options):
 def test_counts_of_the_run(settings):
     result = estimate(settings, calibrate=False)
     assert (result.tokens, result.steps) == (1280, 10)
-    assert result.memory["dictionary and its optimizer"] == 16 * result.parameters  # weights, gradients and two moments in float32
+    assert result.phases["training"]["dictionary and its optimizer"] == 16 * result.parameters  # weights, gradients and two moments in float32
     assert result.memory["python and libraries"] > 50 * 2**20
-    assert result.peak == sum(result.memory.values())
-    assert set(result.memory) <= set(KNOBS)
+    assert result.peak == sum(result.memory.values()) == max(sum(parts.values()) for parts in result.phases.values())
+    assert {name for parts in result.phases.values() for name in parts} <= set(KNOBS)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +55,11 @@ def test_counts_of_the_run(settings):
         ({"activation_factory": {"batch_size": 10**9}, "initializer": {"n_batches": 1}}, "one training step"),
         ({"activation_factory": {"batch_size": 10**9}, "initializer": {"n_batches": 100}}, "initialisation"),
         ({"activation_factory": {"model_batch_size": 10**9}}, "one forward of the language model"),
-        ({"sae": {"expansion_factor": 10**8}}, "dictionary and its optimizer"),
+        ({"sae": {"expansion_factor": 10**7}}, "dictionary and its optimizer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_names_its_knob(settings, field, part):
+def test_what_does_not_fit_names_what_to_change(settings, field, part):
     table = settings.as_dict()
     for name, fields in field.items():
         table[name] = {**(table[name] or {}), **fields}
@@ -65,7 +68,29 @@ def test_what_does_not_fit_names_its_knob(settings, field, part):
     result = estimate(TrainSAESettings.model_validate(table))
     assert not result.fits
     assert result.tokens_per_second is None
-    assert KNOBS[part] in result.verdict()
+    assert f"the largest part is the {part}" in result.verdict()
+    if part == "dictionary and its optimizer":
+        assert result.remedy is None
+        assert KNOBS[part] in result.verdict()
+    else:  # the change that is proposed is enough
+        change = re.fullmatch(r"set (\w+)\.(\w+) = (\d+)", result.remedy or "")
+        assert change is not None
+        assert str(result.remedy) in result.verdict()
+        table[change[1]][change[2]] = int(change[3])
+        assert estimate(TrainSAESettings.model_validate(table), calibrate=False).peak <= result.available
+
+
+def test_a_run_that_cannot_fit_is_refused_before_work_starts(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs about .* of memory, cpu has .* available; it does not fit in memory: .* set activation_factory"):
+        train_sae(settings.replace(activation_factory=settings.activation_factory.replace(model_batch_size=10**9)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_may_fit_is_not_refused():
+    doubtful = Estimate(1, {"shuffle buffer": 114}, 100, "cpu", 100, 10, 5, 5)
+    refuse_what_cannot_fit(doubtful)  # within the estimate's error
+    with pytest.raises(ConfigError, match="needs about 116 B of memory, cpu has 100 B available"):
+        refuse_what_cannot_fit(replace(doubtful, memory={"shuffle buffer": 116}))
 
 
 def test_verdicts():
@@ -98,7 +123,7 @@ def test_a_saved_dictionary_is_counted_from_its_folder(settings, tmp_path):
     tuned = TrainSAESettings.model_validate({**settings.as_dict(), "sae": {"pretrained_name_or_path": str(tmp_path / "saved")}})
     result = estimate(tuned, calibrate=False)
     assert result.parameters == sum(parameter.numel() for parameter in sae.parameters())
-    assert "initialisation" not in result.memory
+    assert "initialisation" not in result.phases
 
 
 def test_words_for_sizes_and_durations():

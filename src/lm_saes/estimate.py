@@ -6,7 +6,6 @@ language model, initialisation, buffer and all, and its rate is what the estimat
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -15,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from lm_saes import memory
 from lm_saes.assembly import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
-from lm_saes.config import ActivationFactoryTarget, InitializerConfig, SAEConfig, TrainSAESettings
+from lm_saes.config import TrainSAESettings
+from lm_saes.errors import ConfigError
+from lm_saes.fitting import available_memory, cut_to_fit, remedy
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training.trainer import Trainer
 
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 CALIBRATION_SECONDS = 20.0
 KNOBS = {
-    "dictionary and its optimizer": "lower sae.expansion_factor",
-    "shuffle buffer": "lower activation_factory.buffer_size",
-    "one training step": "lower activation_factory.batch_size, or raise trainer.gradient_accumulation_steps",
-    "initialisation": "lower initializer.n_batches",
-    "python and libraries": "there is no room for more than Python and its libraries; close other programs",
-    "language model": 'use a smaller model, or set model.dtype = "bfloat16"',
-    "one forward of the language model": "lower activation_factory.model_batch_size or activation_factory.context_size",
+    memory.DICTIONARY: "lower sae.expansion_factor",
+    memory.BUFFER: "lower activation_factory.buffer_size",
+    memory.STEP: "lower activation_factory.batch_size, or raise trainer.gradient_accumulation_steps",
+    memory.INITIALISATION: "lower initializer.n_batches",
+    memory.CHECKPOINT: "lower sae.expansion_factor, or set trainer.n_checkpoints = 0",
+    memory.SNAPSHOT: "lower activation_factory.buffer_size or activation_factory.prefetch, or set trainer.n_checkpoints = 0",
+    memory.LIBRARIES: "there is no room for more than Python and its libraries; close other programs",
+    memory.LANGUAGE_MODEL: 'use a smaller model, or set model.dtype = "bfloat16"',
+    memory.FORWARD: "lower activation_factory.model_batch_size or activation_factory.context_size",
 }
 
 
@@ -43,6 +45,7 @@ class Estimate:
 
     parameters: int
     memory: dict[str, int]
+    """What is in memory in the phase in which most is, by what it is for."""
     available: int
     device: str
     tokens: int
@@ -52,6 +55,10 @@ class Estimate:
     tokens_per_second: float | None = None
     startup_seconds: float | None = None
     notes: list[str] = field(default_factory=list)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What is in memory in each phase, see `lm_saes.memory`."""
+    remedy: str | None = None
+    """One change of the settings with which it would fit in memory, if it does not and there is one."""
 
     @property
     def peak(self) -> int:
@@ -91,7 +98,7 @@ class Estimate:
         if self.peak <= self.available:
             return "it does not fit on the disk: lower trainer.n_checkpoints, or set trainer.exp_result_path to another disk"
         largest = max(self.memory, key=lambda name: self.memory[name])
-        return f"it does not fit in memory: the largest part is the {largest} ({size(self.memory[largest])}); {KNOBS[largest]}"
+        return f"it does not fit in memory: the largest part is the {largest} ({size(self.memory[largest])}); {self.remedy or KNOBS[largest]}"
 
 
 def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
@@ -103,7 +110,9 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
     settings = with_device(settings)
     model = open_model(settings)
     check_joints(settings, model)
+    (settings,), note = cut_to_fit([settings], model, available_memory(settings.device_type, model))
     result = count_sizes(settings, model)
+    result.notes += [note] if note else []
     if calibrate and result.fits:
         _calibrate(settings, model, result)
     return result
@@ -111,45 +120,31 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
 
 def count_sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
     """The sizes of a run, counted; its time is not measured."""
-    factory, trainer = settings.activation_factory, settings.trainer
-    cfg = dictionary_config(settings)
-    d, f = cfg.d_model, cfg.d_sae
-    parameters = (
-        d * f * (3 if cfg.use_glu_encoder else 2)
-        + f * (2 if cfg.use_glu_encoder else 1)
-        + (d if cfg.use_decoder_bias else 0)
-        + (f if cfg.act_fn == "jumprelu" else 0)
-    )
-    rows = factory.target is ActivationFactoryTarget.ACTIVATIONS_2D
-    context = factory.context_size or (min(model.max_context, 1024) if model else 1024)
-    batch_tokens = factory.batch_size * (context if rows else 1)
-    micro = -(-batch_tokens // trainer.gradient_accumulation_steps)
-    widths = {hook: (model.hook_width(hook) if model else d) for hook in factory.hook_points}
-    activations = factory.override_dtype or (settings.model.dtype if settings.model else torch.float32)
-    assert isinstance(activations, torch.dtype)
-    activation_bytes = activations.itemsize
-    buffer = (factory.buffer_size or factory.batch_size) * (sum(widths.values()) * activation_bytes + 9)
-    if factory.max_buffer_bytes is not None:
-        buffer = min(buffer, factory.max_buffer_bytes)
-    # At once in a step: pre-activations, gate values, codes and the gradients of two of them (of the TopK family, the codes are sparse); inputs,
-    # labels, reconstruction, errors. In the initialisation: one batch of codes at a time, and all its activations, raw and scaled.
-    step = 4 * micro * ((3 if cfg.act_fn in {"topk", "batchtopk"} else 5) * f * (2 if cfg.use_glu_encoder else 1) + 6 * d)
-    n_batches = (settings.initializer or InitializerConfig()).n_batches if isinstance(settings.sae, SAEConfig) else 0
-    initialisation = 4 * batch_tokens * n_batches * (f + 4 * sum(widths.values()))
-    memory = {"dictionary and its optimizer": 4 * 4 * parameters, "shuffle buffer": buffer}
-    memory |= {"one training step": step} if step >= initialisation else {"initialisation": initialisation}
-    if model is not None:
-        memory["language model"] = _language_model_bytes(model)
-        memory["one forward of the language model"] = 4 * factory.model_batch_size * context * (sum(widths.values()) + 16 * model.d_model)
-    if not _device_of(settings, model).startswith("cuda"):
-        memory["python and libraries"] = max(0, resident_memory() - memory.get("language model", 0))
-    folder = Path(trainer.exp_result_path)
-    checkpoint = 3 * 4 * parameters + buffer
+    trainer = settings.trainer
+    parameters = memory.n_parameters(dictionary_config(settings))
+    phases, available = memory.phases(settings, model), available_memory(settings.device_type, model)
+    checkpoint = 3 * 4 * parameters + phases["training"].get(memory.SNAPSHOT, 0)
+    fits = sum(memory.largest(phases).values()) <= available
     return Estimate(
-        parameters=parameters, memory=memory, available=available_memory(settings.device_type, model), device=_device_of(settings, model),
-        tokens=trainer.total_training_tokens, steps=max(1, trainer.total_training_tokens // batch_tokens),
-        disk=4 * parameters + checkpoint * max(1, trainer.n_checkpoints), disk_free=shutil.disk_usage(_existing_parent(folder)).free,
+        parameters=parameters, memory=memory.largest(phases), available=available,
+        device=_device_of(settings, model), tokens=trainer.total_training_tokens,
+        steps=max(1, trainer.total_training_tokens // memory.batch_of(settings, model).tokens),
+        disk=4 * parameters + checkpoint * max(1, trainer.n_checkpoints),
+        disk_free=shutil.disk_usage(_existing_parent(Path(trainer.exp_result_path))).free,
+        phases=phases, remedy=None if fits else remedy(settings, model, available),
     )  # fmt: skip
+
+
+def refuse_what_cannot_fit(result: Estimate) -> None:
+    """Refuse what cannot fit, before work starts. An estimate that is too large by no more than its error is given the benefit of the doubt.
+
+    Raises:
+        ConfigError: saying what is needed, what there is, and what to change.
+    """
+    if result.peak > (1 + memory.ERROR) * result.available:
+        raise ConfigError(
+            f"a run needs about {size(result.peak)} of memory, {result.device} has {size(result.available)} available; {result.verdict()}"
+        )
 
 
 def _calibrate(settings: TrainSAESettings, model: LanguageModel | None, result: Estimate) -> None:
@@ -200,35 +195,8 @@ class TimedStream:
         return batch
 
 
-def _language_model_bytes(model: LanguageModel) -> int:
-    module = getattr(model, "model", None)
-    return sum(p.numel() * p.element_size() for p in module.parameters()) if isinstance(module, torch.nn.Module) else 0
-
-
 def _device_of(settings: TrainSAESettings, model: LanguageModel | None) -> str:
     return str(model.device) if model is not None else str(settings.sae.device)
-
-
-def available_memory(device: str, model: LanguageModel | None = None) -> int:
-    """Bytes that a run could have on the device: what is free (says the driver on CUDA, the system elsewhere) and what this process has."""
-    kind = model.device if model is not None else torch.device("cpu" if device == "auto" else device)
-    if kind.type == "cuda":
-        return int(torch.cuda.mem_get_info(kind)[0]) + torch.cuda.memory_reserved(kind)
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 + resident_memory()
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def resident_memory() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 def _existing_parent(path: Path) -> Path:

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from lm_saes.assembly import check_joints, first_batches, open_model, open_stream, start_dictionary, with_device
 from lm_saes.config import SweepSAESettings, TrainSAESettings
-from lm_saes.estimate import CALIBRATION_SECONDS, KNOBS, Estimate, TimedStream, count_sizes
+from lm_saes.estimate import CALIBRATION_SECONDS, KNOBS, Estimate, TimedStream, count_sizes, refuse_what_cannot_fit
+from lm_saes.fitting import available_memory, cut_to_fit
 from lm_saes.lm.language_model import LanguageModel
+from lm_saes.memory import DICTIONARY, ONE_FOR_EACH, SNAPSHOT, largest, phases_together
 from lm_saes.training.loop import train
 from lm_saes.training.run import Run
 
-OF_EACH_RUN = "dictionary and its optimizer"
-"""The part of `Estimate.memory` that each run has for itself."""
+OF_EACH_RUN = DICTIONARY
+"""The part of `Estimate.memory` that the table of a sweep's runs shows."""
 
 
 class SweepEstimate(Estimate):
@@ -28,12 +30,12 @@ class SweepEstimate(Estimate):
     def verdict(self) -> str:
         """Whether it fits and, if not, which knob to turn."""
         largest = max(self.memory, key=lambda name: self.memory[name])
-        if self.fits or self.peak <= self.available or largest != OF_EACH_RUN:
+        if self.fits or self.peak <= self.available or largest not in ONE_FOR_EACH:
             return super().verdict()
-        share = self.memory[OF_EACH_RUN] / self.peak
+        share = sum(self.memory.get(part, 0) for part in ONE_FOR_EACH) / self.peak
         return (
             f"it does not fit in memory: {share:.0%} of it are the dictionaries and their optimizers, which are there at the same time; "
-            f"make two sweeps of the grid, or {KNOBS[OF_EACH_RUN]}"
+            f"make two sweeps of the grid, or {KNOBS[DICTIONARY]}"
         )
 
 
@@ -47,21 +49,36 @@ def estimate_sweep(settings: SweepSAESettings, calibrate: bool = True) -> tuple[
     model = open_model(members[0])
     for member in members:
         check_joints(member, model)
+    members, note = cut_to_fit(members, model, available_memory(members[0].device_type, model))
     each = [count_sizes(member, model) for member in members]
-    result = together(members, each)
+    result = together(members, each, model)
+    result.notes += [note] if note else []
     if calibrate and result.fits:
         result = _calibrated(result, members, model)
     return result, each
 
 
-def together(members: Sequence[TrainSAESettings], each: Sequence[Estimate]) -> SweepEstimate:
+def fitted(members: Sequence[TrainSAESettings], model: LanguageModel | None) -> tuple[list[TrainSAESettings], str | None]:
+    """The runs (trained together, if they are several) as they fit into memory, and a line if their batches had to be cut for it.
+
+    Raises:
+        ConfigError: they cannot fit; saying what is needed, what there is, and what to change.
+    """
+    if not members:
+        return [], None
+    placed, note = cut_to_fit([with_device(member) for member in members], model, available_memory(members[0].device_type, model))
+    each = [count_sizes(member, model) for member in placed]
+    refuse_what_cannot_fit(each[0] if len(each) == 1 else together(placed, each, model))
+    return placed, note
+
+
+def together(members: Sequence[TrainSAESettings], each: Sequence[Estimate], model: LanguageModel | None) -> SweepEstimate:
     """The sizes of runs that are trained together. The stream's state is on the disk once for each checkpoint."""
-    parts = list(dict.fromkeys(name for one in each for name in one.memory))
-    memory = {name: (sum if name == OF_EACH_RUN else max)(one.memory.get(name, 0) for one in each) for name in parts}
-    shared = sum(member.trainer.n_checkpoints * one.memory.get("shuffle buffer", 0) for member, one in list(zip(members, each, strict=True))[1:])
+    phases = phases_together(members, model)
+    shared = sum(member.trainer.n_checkpoints * one.phases["training"].get(SNAPSHOT, 0) for member, one in list(zip(members, each, strict=True))[1:])
     return SweepEstimate(
         parameters=sum(one.parameters for one in each),
-        memory=memory,
+        memory=largest(phases),
         available=each[0].available,
         device=each[0].device,
         tokens=max(one.tokens for one in each),
@@ -69,6 +86,7 @@ def together(members: Sequence[TrainSAESettings], each: Sequence[Estimate]) -> S
         disk=max(each[0].disk, sum(one.disk for one in each) - shared),
         disk_free=each[0].disk_free,
         notes=list(dict.fromkeys(note for one in each for note in one.notes)),
+        phases=phases,
     )
 
 

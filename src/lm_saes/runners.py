@@ -23,8 +23,9 @@ from lm_saes.assembly import (
     start_dictionary,
     with_device,
 )
-from lm_saes.config import EvalConfig, EvaluateSAESettings, PretrainedSAE, StreamSettings, TrainSAESettings
+from lm_saes.config import EvalConfig, EvaluateSAESettings, PretrainedSAE, StreamSettings, TrainerConfig, TrainSAESettings
 from lm_saes.errors import NonFiniteError
+from lm_saes.estimate_sweep import fitted
 from lm_saes.evaluation.evaluator import Evaluator, Metrics
 from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel
@@ -135,6 +136,8 @@ def _train(
     model = open_model(with_device(members[0]))
     for settings in members:
         check_joints(settings, model)
+    fitting, cut = fitted(list(going.values()), model)
+    trainers = {index: settings.trainer for index, settings in zip(going, fitting, strict=True)}
     report(members[0], "model", model)
     stream = open_stream(with_device(members[0]), model, members[0].data_seed)
     configured = {index: [*loggers[index], *_configured_loggers(settings, several)] for index, settings in going.items()}
@@ -154,8 +157,9 @@ def _train(
         sae.provenance = provenance(members[index], model)
         _write(_folder(settings) / "settings.json", table)
         eval_fn = _evaluation_during_training(settings, model) if settings.eval else None
-        said = [*notes[index], *found[index]]
-        runs[index] = Run(sae, settings.trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, notes=said, eval_fn=eval_fn)
+        trainer = trainers[index] if checkpoint is None else _as_begun(settings.trainer, checkpoint)
+        said = [*notes[index], *found[index], *([cut] if cut and trainer != settings.trainer else [])]
+        runs[index] = Run(sae, trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, notes=said, eval_fn=eval_fn)
     del start
     if runs:
         report(members[0], "begin", None)
@@ -222,6 +226,13 @@ def _dictionary(
     if settings.trainer.from_pretrained_path is not None:
         load_weights(sae, find_checkpoint(settings.trainer.from_pretrained_path))
     return sae, None
+
+
+def _as_begun(trainer: TrainerConfig, checkpoint: Checkpoint) -> TrainerConfig:
+    """With the micro-batches that the run has had so far, unless they are set: however much memory there is today, others would round differently."""
+    if "gradient_accumulation_steps" in trainer.model_fields_set:
+        return trainer
+    return trainer.replace(gradient_accumulation_steps=checkpoint.state["trainer"].get("gradient_accumulation_steps", 1))
 
 
 def _save(sae: SparseDictionary, settings: TrainSAESettings) -> None:

@@ -104,17 +104,21 @@ def check_joints(cfg: TrainerConfig, dictionary: SparseDictionaryConfig, total_s
             )
     if cfg.lr_scheduler_name == "exponentialwarmup" and cfg.lr_end_ratio == 0:
         raise ConfigError('lr_end_ratio must be positive with lr_scheduler_name "exponentialwarmup", which decays as lr_end_ratio ** progress; got 0')
-    if cfg.gradient_accumulation_steps > 1:
-        whole_batch = {
-            'act_fn "batchtopk"': act_fn == "batchtopk",
-            'sparsity_loss_type "tanh-quad"': cfg.sparsity_loss_type == "tanh-quad",
-            "auxk_coefficient": bool(cfg.auxk_coefficient),
-        }
-        clash = next((name for name, is_set in whole_batch.items() if is_set), None)
-        if clash:
-            raise ConfigError(
-                f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} cuts the batch, but {clash} is a statistic of the whole batch; set it to 1"
-            )
+    clash = accumulation_clash(cfg, dictionary)
+    if cfg.gradient_accumulation_steps > 1 and clash:
+        raise ConfigError(
+            f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} cuts the batch, but {clash} is a statistic of the whole batch; set it to 1"
+        )
+
+
+def accumulation_clash(cfg: TrainerConfig, dictionary: SparseDictionaryConfig) -> str | None:
+    """What stands against cutting batches into micro-batches: the option that looks at a whole batch, if there is one."""
+    whole_batch = {
+        'act_fn "batchtopk"': dictionary.act_fn == "batchtopk",
+        'sparsity_loss_type "tanh-quad"': cfg.sparsity_loss_type == "tanh-quad",
+        "auxk_coefficient": bool(cfg.auxk_coefficient),
+    }
+    return next((name for name, is_set in whole_batch.items() if is_set), None)
 
 
 def warnings_of(cfg: TrainerConfig, dictionary: SparseDictionaryConfig) -> list[str]:
