@@ -109,7 +109,11 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(where, tmp_pat
 
 def test_left_overs_of_a_killed_process_are_removed_by_the_next(tmp_path):
     (tmp_path / "checkpoints" / ".unfinished_step_3" / "stream").mkdir(parents=True)
+    (tmp_path / ".saving-abc").mkdir()
+    (tmp_path / ".unfinished_settings.json").write_text("{")
     RunFolder(tmp_path).open()
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+    (tmp_path / "checkpoints" / ".unfinished_step_3" / "stream").mkdir(parents=True)
     write(tmp_path, 4)
     assert names(tmp_path) == ["latest", "step_4"]
 

@@ -72,8 +72,13 @@ class RunFolder:
                 place = checkpoints / f"step_{old.name.removeprefix(REPLACED)}"
                 if not place.exists():
                     old.rename(place)
-            for left_over in self.path.glob(".saving-*"):  # of a killed `save_pretrained`
-                remove(left_over)
+            left = [
+                *self.path.glob(f"{UNFINISHED}*"),
+                *checkpoints.glob(f"{UNFINISHED}*"),
+                *self.path.glob(".saving-*"),
+            ]  # the last: `save_pretrained`
+            for path in left:
+                remove(path)
         used = [name for name in (METRICS_FILE, CHECKPOINTS, *DICTIONARY_FILES) if _holds_something(self.path / name)]
         if used and not resume:
             raise RunFolderError(f"{self.path} holds the {used[0]} of an earlier run; resume that run, or choose another exp_result_path")
