@@ -334,3 +334,19 @@ def test_a_damaged_checkpoint(material: Path, whole: Path, tmp_path: Path, lm_sa
     assert said.code == 0, said
     assert weights(run) == weights(whole)
     assert newest.name in said.out + said.error  # the damage is said
+
+
+def test_a_tokenizer_that_has_changed_since_the_run_began(material: Path, run: Path, tmp_path: Path, lm_saes: Terminal) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(material / "model", model)
+    path = settings_file(tmp_path, training(material, run, model__model_name=str(model)))
+    assert lm_saes("train", path).code == 0
+    for left in ("sae_weights.safetensors", "config.json"):
+        (run / left).unlink()
+    shutil.rmtree(run / "checkpoints" / checkpoints(run)[-1])
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = lm_saes("train", path, "--resume").line
+    assert line.startswith("the saved stream had tokenizer_hash = '")
+    assert line.endswith("; resume with the settings of the run")

@@ -200,3 +200,17 @@ def test_initialisation_passes_over_such_batches_where_the_run_does() -> None:
     assert next(finite_batches([first], [HOOK], said.append)) is first
     with pytest.raises(NonFiniteError, match=f"{MOST_IN_A_ROW + 1} batches in a row"):
         next(finite_batches(Faulty(range(1, 1000)), [HOOK], said.append))
+
+
+def test_with_scaled_gradients_a_skipped_batch_leaves_the_scale_alone(trainer_config: Any) -> None:
+    """float16: the scaler sees neither the gradients nor an overflow, and takes the next step."""
+    cfg, sae = trainer_config(8, **constant(non_finite="skip", amp_dtype="float16")), make_dictionary()
+    trainer = Trainer(cfg.replace(n_checkpoints=1))
+    trainer.fit(sae, Faulty({2, 3}))
+    state = json.loads((Path(cfg.exp_result_path) / "checkpoints" / "step_8" / "state.json").read_text())
+    other = trainer_config(6, "other", **constant(amp_dtype="float16", n_checkpoints=1))
+    clean = make_dictionary()
+    Trainer(other).fit(clean, Without({2, 3}))
+    expected = json.loads((Path(other.exp_result_path) / "checkpoints" / "step_6" / "state.json").read_text())
+    assert state["scaler"] == expected["scaler"]
+    assert all(torch.equal(value, clean.state_dict()[name]) for name, value in sae.state_dict().items())

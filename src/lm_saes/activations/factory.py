@@ -109,7 +109,18 @@ class ActivationFactory:
                 repeatable=self._interceptor is None,  # which may do anything
             )
         ahead = Prefetch(batches, automatic_depth(model.device) if cfg.prefetch is None else cfg.prefetch, model.device)
-        return ActivationStream(cfg, ahead, batches, capture, mix, rows, context_size=context_size, hook_widths=widths, seed=seed)
+        return ActivationStream(
+            cfg,
+            ahead,
+            batches,
+            capture,
+            mix,
+            rows,
+            context_size=context_size,
+            hook_widths=widths,
+            seed=seed,
+            tokenizer=model.provenance().get("tokenizer_hash"),
+        )
 
     def _rows(
         self, source: Any, model: LanguageModel, model_name: str | None, datasets: Mapping[str, Any], context_size: int, seed: int
@@ -153,12 +164,13 @@ class ActivationStream:
         context_size: int,
         hook_widths: dict[str, int],
         seed: int,
+        tokenizer: str | None = None,
     ) -> None:
         self.cfg, self.context_size, self.hook_widths = cfg, context_size, hook_widths
         self.ended = False
         self._ahead, self._batches, self._capture, self._mix, self._rows = ahead, batches, capture, mix, rows
         decisive = cfg.model_dump(mode="json", exclude={"context_size", "num_workers", "prefetch"})
-        self._settings = {"seed": seed, "context_size": context_size, **decisive}
+        self._settings = {"seed": seed, "context_size": context_size, "tokenizer_hash": tokenizer, **decisive}
 
     def __iter__(self) -> Self:
         return self
