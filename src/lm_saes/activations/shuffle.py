@@ -244,9 +244,8 @@ class ShuffleBuffer:
         }
 
     def _saved_entries(self) -> State:
-        entries = self._entries()
-        order = entries.argsort()  # as they stand in memory: copied at its speed, while training waits
-        return {"order": order, **nested("stored", self._gathered(entries[order])), **nested("waiting", saved(self._waiting))}
+        places = self._entries().sort().values  # in the order of memory: copied at its speed, while training waits
+        return {"slots": self._slots.clone(), **nested("stored", self._gathered(places)), **nested("waiting", saved(self._waiting))}
 
     def _saved_origins(self) -> State:
         origins, entries = self._origins, self._entries()
@@ -282,7 +281,8 @@ class ShuffleBuffer:
             if stored:
                 self._allocate(stored)
                 self._place(n_items(stored), state["mixed"])
-                self._write(stored, self._entries()[state["order"]])
+                self._slots = state["slots"].clone()
+                self._write(stored, self._entries().sort().values)
             self._waiting = loaded(part("waiting", state), self._device)
         self._origins.read = state["read"]
         self._items.load_state_dict(part("items", state))
