@@ -3,7 +3,8 @@
     python benchmarks/sweep.py --tokens 131072
 
 Four runs and two sweeps of them, interleaved. Every arm is a process of its own, so that each loads its libraries and starts cold, as people run it. Prints a Markdown table: wall and CPU seconds
-of the whole process, and of training alone (from the first step to the last, taken from `metrics.jsonl`).
+of the whole process, and of training alone (from the first step to the last, taken from `metrics.jsonl`). "One stream and k steps" is what training alone should
+take: that of one run, and the optimizer steps of the others once more (their seconds are in `metrics.jsonl` too).
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ def training_seconds(folder: Path) -> float:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["time/seconds"]
 
 
+def step_seconds(folder: Path) -> float:
+    """Seconds of all optimizer steps of a run, without what feeds them: each logged rate is that of all steps so far."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["details/n_training_tokens"] / last["time/step_tokens_per_second"]
+
+
+def one_stream_and_steps(training: list[float], steps: list[float]) -> float:
+    """What runs that took `training` seconds alone, `steps` of them in optimizer steps, should take on one stream."""
+    streams = [whole - step for whole, step in zip(training, steps, strict=True)]
+    return sum(streams) / len(streams) + sum(steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131_072)
@@ -42,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     short = ["--eval", "false", "--trainer.total_training_tokens", str(arguments.tokens), "--trainer.n_checkpoints", "1"]
-    alone, swept = [], []
+    alone, steps, swept = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
@@ -50,6 +63,7 @@ def main() -> None:
             out = folder / f"alone-{rate}-{k}"
             words = ["train", "demo", *short, "--trainer.lr", rate, "--sae.top_k", k, "--trainer.exp_result_path", str(out)]
             alone.append((*timed(words), training_seconds(out)))
+            steps.append(step_seconds(out))
 
         def sweep(index: int) -> None:
             seconds = timed(["sweep", "demo", *short, *GRID, "--out", str(folder / f"sweep-{index}")])
@@ -72,6 +86,8 @@ def main() -> None:
     print("| | wall s | CPU s | training alone, wall s |\n|---|---:|---:|---:|")
     for label, numbers in (("one run (mean of the four)", one), ("the four runs", four), ("a sweep of the four (mean of two)", mean)):
         print(f"| {label} | " + " | ".join(f"{number:.1f}" for number in numbers) + " |")
+    expected = one_stream_and_steps([seconds[2] for seconds in alone], steps)
+    print(f"| one stream and four steps | | | {expected:.1f} |")
     print("| sweep / four runs | " + " | ".join(f"{a / b:.2f}" for a, b in zip(mean, four, strict=True)) + " |")
     print("| sweep / one run | " + " | ".join(f"{a / b:.2f}" for a, b in zip(mean, one, strict=True)) + " |")
     print(

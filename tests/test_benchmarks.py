@@ -282,6 +282,12 @@ def test_what_is_watched_is_counted_and_put_back():
     assert min(one.wall for one in times["shuffle"]) > 0
 
 
+def test_a_sweep_should_take_one_stream_and_all_steps():
+    import sweep
+
+    assert sweep.one_stream_and_steps([10.0, 14.0], [2.0, 4.0]) == (8 + 10) / 2 + 6
+
+
 @pytest.mark.parametrize("script", ["training_step", "end_to_end", "scaling", "stream", "memory"])
 def test_help_is_there(script):
     text = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], check=True, capture_output=True, text=True).stdout
