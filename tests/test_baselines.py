@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from lm_saes import cli, ops
 from lm_saes.config import LanguageModelConfig, TrainerConfig, TrainSAESettings
 from lm_saes.config.baselines import baseline_of, baseline_settings
+from lm_saes.config.synthetic import SyntheticBenchmarkConfig
 from lm_saes.errors import ConfigError
 from lm_saes.lm.language_model import load_model
 from lm_saes.models.sae import SparseAutoEncoder
 from lm_saes.records import settings_of_run
 from lm_saes.training.trainer import Trainer
+from tests.evaluation.test_synthetic_benchmark import tiny
 from tests.lm.tiny_models import save_tiny
 from tests.training.synthetic import SyntheticStream, make_dictionary
 
@@ -129,13 +131,23 @@ def test_a_baseline_is_the_run_with_one_thing_changed(name, tmp_path):
 def test_baselines_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'frozen-encoder'"):
         baseline_settings(settings(tmp_path), "frozen-encoders")
-    with pytest.raises(ConfigError, match="evaluate RUN --baseline pca"):
+    with pytest.raises(ConfigError, match=r"no baseline 'pca' here; lm-saes evaluate RUN --baseline pca fits it\. Baselines: frozen-decoder"):
         baseline_settings(settings(tmp_path), "pca")
     with pytest.raises(ConfigError, match="starts from trained weights"):
         baseline_settings(settings(tmp_path, sae={"pretrained_name_or_path": "there"}), "frozen-decoder")
     stored = {"sources": [{"name": "text", "path": "there"}], "hook_points": [RESID], "batch_size": 128}
     with pytest.raises(ConfigError, match="come from disk"):
         baseline_settings(settings(tmp_path, activation_factory=stored), "untrained-lm")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `lm-saes WORDS`."""
+    monkeypatch.setattr("sys.argv", ["lm-saes", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def test_baselines_stand_beside_their_run(tmp_path, monkeypatch, capsys):
@@ -145,27 +157,31 @@ def test_baselines_stand_beside_their_run(tmp_path, monkeypatch, capsys):
     path, run = tmp_path / "settings.json", tmp_path / "run"
     path.write_text(json.dumps(settings(tmp_path).model_dump(mode="json", exclude_unset=True)))
 
-    def command(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["lm-saes", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    assert command("train", str(path)) == 0
-    assert command("evaluate", str(run), "--baseline", "untrained-lm") == 2
+    assert command(monkeypatch, "train", str(path)) == 0
+    assert command(monkeypatch, "evaluate", str(run), "--baseline", "untrained-lm") == 2
     assert "--baseline untrained-lm" in capsys.readouterr().err
     for name in ("frozen-decoder", "untrained-lm"):
-        assert command("train", str(path), "--baseline", name) == 0
+        assert command(monkeypatch, "train", str(path), "--baseline", name) == 0
         assert json.loads((run / "baselines" / name / "config.json").read_text())["provenance"]["baseline"] == name
-    assert command("evaluate", str(run), "--baseline", "pca", "--baseline", "frozen-decoder", "--baseline", "untrained-lm") == 0
+    assert command(monkeypatch, "evaluate", str(run), "--baseline", "pca", "--baseline", "frozen-decoder", "--baseline", "untrained-lm") == 0
     results = json.loads((run / "evaluation.json").read_text())
     assert list(results) == ["sae", "pca-4", "frozen-decoder", "untrained-lm"]
     assert results["frozen-decoder"]["metrics/delta_ce"] is not None
     assert "metrics/delta_ce" not in results["untrained-lm"]
     assert results["untrained-lm"]["metrics/explained_variance"] != results["sae"]["metrics/explained_variance"]
-    assert command("show", str(run / "baselines/untrained-lm"), "--n", "1") == 0
+    assert command(monkeypatch, "show", str(run / "baselines/untrained-lm"), "--n", "1") == 0
     assert "weights drawn with seed 0" in capsys.readouterr().out
     assert settings_of_run(run / "baselines/frozen-decoder").trainer.frozen == "decoder"
-    assert command("evaluate", str(path), "--baseline", "frozen-decoder") == 2
+    assert command(monkeypatch, "evaluate", str(path), "--baseline", "frozen-decoder") == 2
+
+
+def test_a_benchmark_has_them_as_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SyntheticBenchmarkConfig, "preset", classmethod(lambda _cls, _name: tiny()))
+    words = ["--kinds", "batchtopk", "--baseline", "frozen-decoder", "--baseline", "frozen-encoder", "--out", str(tmp_path), "--device", "cpu"]
+    assert command(monkeypatch, "bench", "synthetic", *words) == 0
+    rows = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} |" in rows for name in ("batchtopk", "frozen-decoder", "frozen-encoder"))
+    for part in ("decoder", "encoder"):
+        assert json.loads((tmp_path / f"seed_0/frozen-{part}/config.json").read_text())["provenance"] == {"baseline": f"frozen-{part}"}
+    assert command(monkeypatch, "bench", "synthetic", "--baseline", "untrained-lm", "--out", str(tmp_path)) == 2
+    assert "no baseline 'untrained-lm' here. Baselines: frozen-decoder" in capsys.readouterr().err

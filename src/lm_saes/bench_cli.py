@@ -19,6 +19,7 @@ def synthetic(
     samples: int | None = None,
     out: Path | None = None,
     device: str = "auto",
+    baseline: list[str] | None = None,
 ) -> None:
     """Train dictionaries on activations that are made of known features, and score how well they find them (SynthSAEBench).
 
@@ -38,8 +39,11 @@ def synthetic(
         The folder of runs and scores; `runs/bench/synthetic_<size>` if left out.
     device
         auto, cpu, cuda, cuda:N or mps.
+    baseline
+        Train and score a BatchTopK dictionary beside them that could not learn everything: `frozen-decoder` or `frozen-encoder`. May be given several
+        times.
     """
     from lm_saes import bench_commands
 
     names = None if kinds == "all" else [name.strip() for name in kinds.split(",")]
-    bench_commands.synthetic(size, seeds, names, samples, out or Path("runs/bench") / f"synthetic_{size}", device)
+    bench_commands.synthetic(size, seeds, names, samples, out or Path("runs/bench") / f"synthetic_{size}", device, baseline or ())

@@ -14,9 +14,10 @@ from typing_extensions import override
 
 from lm_saes import display
 from lm_saes.config.base import validated
+from lm_saes.config.baselines import check_baselines
 from lm_saes.config.synthetic import SyntheticBenchmarkConfig, SyntheticPreset
 from lm_saes.errors import ConfigError, did_you_mean
-from lm_saes.evaluation.synthetic.protocol import KINDS, SyntheticBenchmark
+from lm_saes.evaluation.synthetic.protocol import BASELINE_KINDS, KINDS, SyntheticBenchmark
 from lm_saes.evaluation.synthetic.scores import Scores
 from lm_saes.training.loggers import Logger
 from lm_saes.training.run_folder import disk_errors, write_atomically
@@ -44,11 +45,14 @@ COLUMNS = [
 PROBE_ROW = "logistic probe"
 
 
-def synthetic(size: SyntheticPreset, seeds: int, kinds: Sequence[str] | None, samples: int | None, out: Path, device: str) -> None:
+def synthetic(
+    size: SyntheticPreset, seeds: int, kinds: Sequence[str] | None, samples: int | None, out: Path, device: str, baselines: Sequence[str] = ()
+) -> None:
     """Train and score what is not there yet, a line for each, then the table of all; also as `table.md` in the folder."""
     chosen = list(KINDS) if kinds is None else list(dict.fromkeys(kinds))
     if unknown := [name for name in chosen if name not in KINDS]:
         raise ConfigError(f"no kind of dictionary '{unknown[0]}'{did_you_mean(unknown[0], KINDS)} Kinds: {', '.join(KINDS)}")
+    chosen += check_baselines(list(baselines), tuple(BASELINE_KINDS))
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
     preset = SyntheticBenchmarkConfig.preset(size)

@@ -1,6 +1,6 @@
 """Baselines: what a run is when one thing that it is said to learn is taken away, everything else being the same.
 
-What a dictionary's scores are worth shows beside those of one that could not learn (Korznikov et al., arXiv 2602.14111). A baseline is a run
+What a dictionary's scores are worth shows beside those of one that could not learn (arXiv 2602.14111). A baseline is a run
 of its own, in the folder `baselines/<name>` of the run that it stands beside; "pca" is none: it is fitted when it is evaluated.
 """
 
@@ -35,7 +35,11 @@ def check_baselines(names: list[str], known: tuple[str, ...] = BASELINES) -> lis
     """
     for name in names:
         if name not in known:
-            here = " to train: PCA is fitted by `lm-saes evaluate RUN --baseline pca`" if name == "pca" else f"{did_you_mean(name, known)}"
+            here = (
+                f" here{'; lm-saes evaluate RUN --baseline pca fits it' if name == 'pca' else ''}."
+                if name in BASELINES
+                else did_you_mean(name, known)
+            )
             raise ConfigError(f"no baseline '{name}'{here} Baselines: {', '.join(known)}")
     return list(dict.fromkeys(names))
 

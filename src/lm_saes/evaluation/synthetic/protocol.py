@@ -56,6 +56,12 @@ KINDS = {
 """What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
 ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay."""
 
+BASELINE_KINDS = {
+    "frozen-decoder": Kind({"act_fn": "batchtopk"}, {**_AUXK, "frozen": "decoder"}),
+    "frozen-encoder": Kind({"act_fn": "batchtopk", "sparsity_include_decoder_norm": False}, {**_AUXK, "frozen": "encoder"}),
+}
+"""BatchTopK with a part that stays as it starts: what `lm_saes.config.baselines` makes of a run."""
+
 RECIPE = InitializerConfig(bias_init_method="geometric_median", grid_search_init_norm=True, init_encoder_bias_with_mean_hidden_pre=True)
 """How every dictionary starts."""
 
@@ -84,12 +90,15 @@ class SyntheticBenchmark:
             ConfigError: there is no such kind.
             KeyboardInterrupt: Ctrl-C; calling again goes on.
         """
-        if kind not in KINDS:
-            raise ConfigError(f"no kind of dictionary '{kind}'{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}")
+        known_kinds = KINDS | BASELINE_KINDS
+        if kind not in known_kinds:
+            raise ConfigError(f"no kind of dictionary '{kind}'{did_you_mean(kind, known_kinds)} Kinds: {', '.join(known_kinds)}")
         folder = self.folder / f"seed_{seed}" / kind
         if (known := _read(folder / SCORES_FILE)) is not None:
             return known
-        sae = self._trained(KINDS[kind], seed, folder, loggers)
+        sae = self._trained(known_kinds[kind], seed, folder, loggers)
+        if kind in BASELINE_KINDS:
+            sae.provenance = {"baseline": kind}
         scores = score(sae, self._held_out(), self.model.directions)
         sae.save_pretrained(folder, fold_activation_scale=True)
         write_json(folder / SCORES_FILE, scores)
@@ -157,4 +166,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json_object(path, RunFolderError) if path.is_file() else None
 
 
-__all__ = ["EVALUATION_SEED", "KINDS", "PROBE_SEED", "Kind", "SyntheticBenchmark"]
+__all__ = ["BASELINE_KINDS", "EVALUATION_SEED", "KINDS", "PROBE_SEED", "Kind", "SyntheticBenchmark"]
