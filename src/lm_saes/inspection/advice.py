@@ -128,7 +128,8 @@ def _active_subspace(report: HookPointReport) -> Answer:
         )
     return Answer(
         {"initializer.initialize_W_D_with_active_subspace": True, "initializer.d_active_subspace": "auto"},
-        '99 % of the variance lies in {} of the dimensions; latents that start outside tend to die. "auto" is the effective rank',
+        '99 % of the variance lies in {} of the dimensions; latents that start outside tend to die. "auto" is the effective rank; in '
+        'dictionaries of 64 D latents, trainer.optimizer_class = "sparseadam" keeps more of them alive besides',
         everything.variance_99_share,
     )
 
@@ -168,7 +169,7 @@ _FEATURE_DEATH = "Simon, Adams and Zou, arXiv 2605.31518"
 RULES: tuple[Rule, ...] = (
     Rule("decoder bias", "%", "Gao et al., arXiv 2406.04093 (b_D starts at the geometric median); thresholds are ours", _decoder_bias),
     Rule("centred pre-activations", "", f"{_FEATURE_DEATH} (γ predicts the latents dead at the start, centring revives them); 5 is second-hand", _encoder_bias),
-    Rule("active subspace", "%", "Wang et al., arXiv 2508.16929 (attention outputs near 60 %, others near 90 %); the threshold lies between", _active_subspace),
+    Rule("active subspace", "%", "Wang et al., arXiv 2508.16929 (attention outputs near 60 %, others near 90 %); the threshold lies between; benchmarks/active_subspace", _active_subspace),
     Rule("whitening", "%", f"{_FEATURE_DEATH} (centring is not enough where few directions hold all variance); 2 % is second-hand", _whitening),
     Rule("normalisation", "", 'docs/concepts.md, "Two spaces, and folding"; the spread of 4 is ours', _normalisation),
     Rule("outlier filter", "%", "Sun et al., arXiv 2402.17762 (massive activations); the factor is that of the stream's filter", _outlier_filter),
