@@ -94,5 +94,5 @@ def generate(given: Path, folder: Path, **options: Any) -> Job:
 def analyses(run: Path) -> list[Job]:
     """`lm-saes evaluate` and `lm-saes show` of a finished run: both write what they found into its folder."""
     return [
-        Job(f"analyse: {words[0]}", [*words, str(run)], run, forwards, total, result_of_run) for words, total in ((["evaluate"], 12), (["show"], 40))
+        Job(f"analyse: {words[0]}", [*words, str(run)], run, forwards, total, result_of_run) for words, total in ((["evaluate"], 8), (["show"], 300))
     ]

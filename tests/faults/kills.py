@@ -141,7 +141,7 @@ def _marks(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _progress_of_this_process(job: Job, before: dict[str, tuple[int, int]]) -> int:
     try:
-        if any(_marks(job.folder).get(path) == mark for path, mark in before.items()):
+        if job.progress is lines_of_metrics and any(_marks(job.folder).get(path) == mark for path, mark in before.items()):
             return 0  # the run has not begun again: its first act is to replace the file
         return job.progress(job.folder)
     except FileNotFoundError:  # renamed meanwhile
