@@ -311,8 +311,12 @@ def test_a_damaged_shard(material: Path, run: Path, tmp_path: Path, lm_saes: Ter
     assert said.code == 0
 
 
-@pytest.mark.parametrize("harm", ["cut short", "a flipped bit", "missing"])
-@pytest.mark.parametrize("name", ["sae_weights.safetensors", "optimizer.safetensors", "stream/tensors.safetensors", "state.json"])
+FILES = ("sae_weights.safetensors", "optimizer.safetensors", "stream/tensors.safetensors", "state.json")
+QUICK = [("state.json", "missing"), ("optimizer.safetensors", "cut short"), *((name, "a flipped bit") for name in FILES)]
+REST = [(name, harm) for name in FILES for harm in ("cut short", "missing") if (name, harm) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "harm"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_a_damaged_checkpoint(material: Path, whole: Path, tmp_path: Path, lm_saes: Terminal, name: str, harm: str) -> None:
     """The one before is gone on from, and the run ends as if nothing had happened."""
     run = tmp_path / "run"
