@@ -230,9 +230,10 @@ def _dictionary(
 
 def _as_begun(trainer: TrainerConfig, checkpoint: Checkpoint) -> TrainerConfig:
     """With the micro-batches that the run has had so far, unless they are set: however much memory there is today, others would round differently."""
-    if "gradient_accumulation_steps" in trainer.model_fields_set:
+    cut = checkpoint.state["trainer"].get("gradient_accumulation_steps")
+    if cut is None or "gradient_accumulation_steps" in trainer.model_fields_set:
         return trainer
-    return trainer.replace(gradient_accumulation_steps=checkpoint.state["trainer"].get("gradient_accumulation_steps", 1))
+    return trainer.replace(gradient_accumulation_steps=cut)
 
 
 def _save(sae: SparseDictionary, settings: TrainSAESettings) -> None:
