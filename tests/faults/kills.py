@@ -181,7 +181,9 @@ def result_of_run(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or path.name.startswith(".lock"):
             continue
-        if path.suffix == ".safetensors" or path.name in ("config.json", "latest", "manifest.json"):
+        if path.parent.name == "stream":
+            found[name] = None  # how far a thread has read ahead is a matter of time; where it is read from is seen in what comes next
+        elif path.suffix == ".safetensors" or path.name in ("config.json", "latest", "manifest.json"):
             found[name] = path.read_bytes()
         elif path.name == "metrics.jsonl":
             found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
@@ -195,7 +197,7 @@ def result_of_run(folder: Path) -> dict[str, Any]:
 def _timeless(value: Any, folder: str = "\0") -> Any:
     """JSON without what is of the process, and without the folder's name."""
     if isinstance(value, dict):
-        own = [key for key in value if key.startswith("time/") or key in OF_THE_PROCESS or "tokens_per_second" in key]
+        own = [key for key in value if key.startswith(("time/", "stream/")) or key in OF_THE_PROCESS or "tokens_per_second" in key]
         return {key: _timeless(item, folder) for key, item in value.items() if key not in own}
     if isinstance(value, list):
         return [_timeless(item, folder) for item in value]

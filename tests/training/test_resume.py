@@ -84,10 +84,10 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
-def assert_same_run(one: str, other: str, own_random_states: bool = True) -> None:
+def assert_same_run(one: str, other: str, own_random_states: bool = True, streams: bool = True) -> None:
     assert metrics(one) == metrics(other)
     assert len(metrics(one)) > 3
-    for name in ("sae_weights.safetensors", "optimizer.safetensors", "stream/tensors.safetensors"):
+    for name in ("sae_weights.safetensors", "optimizer.safetensors", *(["stream/tensors.safetensors"] if streams else [])):
         a, b = (load_file(Path(folder) / "checkpoints" / f"step_{STEPS}" / name) for folder in (one, other))
         assert a.keys() == b.keys()
         assert a
@@ -162,7 +162,8 @@ def test_killed_again_and_again_with_a_shuffle_buffer(variant, depth, repeatable
             )
     assert any(("origins" in key) == repeatable for key in keys_of_the_stream(parts) if "origins" in key or "stored" in key)
     Trainer(parts, resume=True).fit(make_dictionary(act_fn, seed=9, **shape), Through(shuffled()))
-    assert_same_run(whole.exp_result_path, parts.exp_result_path, own_random_states=False)
+    # how far a thread has read ahead is a matter of time
+    assert_same_run(whole.exp_result_path, parts.exp_result_path, own_random_states=False, streams=depth == 0)
 
 
 def keys_of_the_stream(cfg: TrainerConfig) -> list[str]:
