@@ -115,9 +115,9 @@ def kill(job: Job, point: str, draw: random.Random) -> Kill | None:
         progress = _progress_of_this_process(job, began)
         if point == "work" and progress >= target:
             break
-        if point == "checkpoint" and progress >= 1 and any(job.folder.rglob("checkpoints/.unfinished_step_*")):
+        if point == "checkpoint" and progress >= 1 and _is_there(job.folder, "checkpoints/.unfinished_step_*"):
             break
-        if point == "last save" and any(job.folder.rglob(".saving-*")):
+        if point == "last save" and _is_there(job.folder, ".saving-*"):
             break
         if point == "initialisation" and progress == 0 and _owner(job.folder) == process.pid:
             time.sleep(draw.uniform(0, 0.1))
@@ -136,7 +136,8 @@ def kill(job: Job, point: str, draw: random.Random) -> Kill | None:
 
 def _marks(folder: Path) -> dict[str, tuple[int, int]]:
     """Files of metrics as they are, to tell those of the next process from them."""
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("metrics.jsonl")}
+    paths = [*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def _progress_of_this_process(job: Job, before: dict[str, tuple[int, int]]) -> int:
@@ -146,6 +147,13 @@ def _progress_of_this_process(job: Job, before: dict[str, tuple[int, int]]) -> i
         return job.progress(job.folder)
     except FileNotFoundError:  # renamed meanwhile
         return 0
+
+
+def _is_there(folder: Path, pattern: str) -> bool:
+    try:
+        return any(folder.rglob(pattern))
+    except FileNotFoundError:  # removed while it was looked into
+        return False
 
 
 def _owner(folder: Path) -> int | None:
@@ -160,7 +168,7 @@ def _owner(folder: Path) -> int | None:
 
 def lines_of_metrics(folder: Path) -> int:
     """Lines of the first metrics file below a folder that were written since the run began or went on; 1 means that it has."""
-    files = sorted(folder.rglob("metrics.jsonl"))
+    files = sorted([*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")])
     return 1 + files[0].read_text().count("\n") if files else 0
 
 

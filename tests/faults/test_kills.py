@@ -66,6 +66,7 @@ def test_fifty_kills(given: Path, tmp_path: Path) -> None:
         nonlocal runs
         kills.extend(killed_and_resumed(job, whole, points, draw))
         runs += 1
+        print(f"{runs} jobs, {sum(struck.landed for struck in kills)} kills landed: {job.name}", flush=True)
 
     def pair(make, *options, **named) -> tuple[Job, Job]:
         place = tmp_path / str(runs)
@@ -74,18 +75,16 @@ def test_fifty_kills(given: Path, tmp_path: Path) -> None:
     for options in ({}, {"override_dtype": "int8"}, {"target": "activations-2d", "n_samples_per_chunk": 13}):
         strike(*pair(jobs.generate, **options), ["work"] * 3)
     cache = tmp_path / "0" / "whole"
-    for name in jobs.TRAINED:
-        for source in (None, cache):
-            points = draw.sample(["work", "work", "checkpoint", "work", "initialisation"], 5)
-            job, whole = pair(lambda given, folder, name=name, source=source: jobs.train(given, name, folder, source))
-            strike(job, whole, ["initialisation", *[point for point in points if point != "initialisation"], "last save"])
     for source in (None, cache):
         strike(
             *pair(lambda given, folder, source=source: jobs.sweep(given, folder, source)),
             ["initialisation", "work", "checkpoint", "work", "last save"],
         )
-    run = tmp_path / "3" / "whole"
-    for killed, whole in zip(jobs.analyses(tmp_path / "3" / "killed"), jobs.analyses(run), strict=True):
+    for name in jobs.TRAINED:
+        for source in (None, cache):
+            points = ["initialisation", *draw.sample(["work", "work", "checkpoint", "work"], 4), "last save"]
+            strike(*pair(lambda given, folder, name=name, source=source: jobs.train(given, name, folder, source)), points)
+    for killed, whole in zip(jobs.analyses(tmp_path / "5" / "killed"), jobs.analyses(tmp_path / "5" / "whole"), strict=True):
         finish(whole)
         strike(killed, whole, ["work"] * 3)
     landed = [struck for struck in kills if struck.landed]
