@@ -192,6 +192,8 @@ SCRIPT = """
 import os, signal, sys, time, torch
 from lm_saes.activations.prefetch import Prefetch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+
 class Forever:
     def __next__(self):
         return {"x": torch.ones(300, 300) @ torch.ones(300, 300)}
@@ -212,9 +214,13 @@ def test_a_process_ends_as_if_there_were_no_thread() -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", SCRIPT + ending], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for ending in ENDINGS
     ]
-    for process, (code, says) in zip(processes, ENDINGS.values(), strict=True):
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == code, errors
-        assert says in errors
-        assert bool(says) == bool(errors)
-        assert "Exception ignored" not in errors
+    try:
+        for process, (code, says) in zip(processes, ENDINGS.values(), strict=True):
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == code, errors
+            assert says in errors
+            assert bool(says) == bool(errors)
+            assert "Exception ignored" not in errors
+    finally:
+        for process in processes:
+            process.kill()
