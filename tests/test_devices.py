@@ -67,6 +67,6 @@ def test_freed_memory_is_used_again():
         return [int(number) for number in run.stdout.split()]
 
     (plain, _), (reused, grown), (obeyed, _) = faults("plain"), faults("reuse"), faults("reuse", MALLOC_MMAP_MAX_="65536")
-    assert reused < 0.1 * plain
+    assert reused < 0.2 * plain  # the first of ten rounds is a tenth
     assert grown < 20_000  # KB
     assert obeyed > 0.5 * plain
