@@ -213,10 +213,16 @@ def test_the_last_few_stay_and_of_planned_ones_the_dictionary(tmp_path):
         assert sorted(child.name for child in folder.iterdir()) == ["config.json", "sae_weights.safetensors"]
         assert find_checkpoint(folder) == folder
         load_weights(make_dictionary(seed=3), folder)
+    write(tmp_path, 3)  # as a process leaves it that is killed while it removes its state
+    (tmp_path / "checkpoints" / "step_3" / "state.json").unlink()
+    remove_old(tmp_path, 2, planned={1, 2, 3, 4, 5})
+    assert names(tmp_path) == ["latest", "step_1", "step_2", "step_3", "step_4", "step_5"]
+    assert sorted(child.name for child in (tmp_path / "checkpoints/step_3").iterdir()) == ["config.json", "sae_weights.safetensors"]
     (tmp_path / "checkpoints" / "step_5" / "optimizer.safetensors").write_bytes(b"")
     write(tmp_path, 6)
     remove_old(tmp_path, 2, planned=())
     assert sorted(resumable_folders(tmp_path)) == [4, 5, 6], "a damaged one counts for nothing"
+    assert names(tmp_path) == ["latest", *(f"step_{step}" for step in range(1, 7))], "dictionaries stay"
 
 
 def test_killed_between_the_two_renames_of_a_replacement_the_old_one_is_put_back(tmp_path):

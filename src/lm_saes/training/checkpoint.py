@@ -138,6 +138,7 @@ def write_checkpoint(
 
 def remove_old(run_folder: str | Path, keep: int, planned: Collection[int]) -> None:
     """Leave the newest `keep` whole checkpoints. Of older ones of the plan the dictionary stays, for whoever studies how it came about; the others go.
+    What a killed process has done of that is brought to its end.
 
     Raises:
         RunFolderError: the disk cannot be written.
@@ -145,11 +146,13 @@ def remove_old(run_folder: str | Path, keep: int, planned: Collection[int]) -> N
     folders = checkpoint_folders(run_folder)
     whole = [step for step in sorted(folders, reverse=True) if is_whole(folders[step])]
     with disk_errors(f"{run_folder}/{CHECKPOINTS}"):
-        for step in whole[keep:]:
-            path = folders[step]
+        for step, path in folders.items():
+            state = [path / name for name in (STATE_FILE, TENSORS_FILE, STREAM_FOLDER)]
+            if not whole or step >= min(whole[:keep]) or not any(part.exists() for part in state):
+                continue
             if step in planned:
-                for name in (STATE_FILE, TENSORS_FILE, STREAM_FOLDER):  # the first makes it one that nobody takes for whole
-                    remove(path / name)
+                for part in state:  # without the first nobody takes it for whole
+                    remove(part)
             else:
                 doomed = path.with_name(f"{UNFINISHED}{path.name}")
                 path.rename(doomed)
