@@ -1,4 +1,5 @@
-"""Text and JSON from files that anybody may have written: bounded in size and depth, strict, every fault said in one line.
+"""Text and JSON from files that anybody may have written: bounded in size and depth, strict, every fault said in one line. And files of our own,
+written whole or not at all.
 
 One reader for all JSON, one check for all names that stand in files. Tensors have theirs in `tensor_files.py`.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +21,8 @@ MOST_VALUES = 1_000_000
 """Values in a configuration, after the aliases of YAML are followed."""
 DEEPEST = 64
 """Levels of a configuration."""
+UNFINISHED = ".unfinished_"
+"""What names begin with of files and folders that are being written or removed: whoever finds one after a crash may delete it."""
 
 
 class _Refused(ValueError):
@@ -134,3 +138,26 @@ def inside(folder: Path, name: object, error: type[LmSaesError], origin: str) ->
     if path is None or path.is_absolute() or path.drive or ".." in path.parts:
         raise error(f"{origin} names {name!r}, which is not in its folder; nothing outside {folder} is read")
     return folder / path
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(temporary path)` write a file, flush it to the disk and give it its name: after a crash it is there whole or not at all, or as it
+    was before."""
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        write(temporary)
+        flush(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

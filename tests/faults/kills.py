@@ -174,7 +174,7 @@ def lines_of_metrics(folder: Path) -> int:
 
 def shards(folder: Path) -> int:
     """Shards of a cache, the one being written included."""
-    return sum(1 for _ in folder.glob("shard-*")) + sum(1 for _ in folder.glob(".unfinished-shard-*"))
+    return sum(1 for _ in folder.glob("shard-*")) + sum(1 for _ in folder.glob(".unfinished_shard-*"))
 
 
 def forwards(folder: Path) -> int:

@@ -107,7 +107,7 @@ def test_a_disk_that_fills_while_a_cache_is_written(
         f"; {len(kept)} shards with {500 * len(kept):,} tokens are kept: free some space and run again to go on, "
         f"or use what is there: lm-saes cache finish {cache}"
     )
-    assert not list(cache.glob(".unfinished-shard*"))
+    assert not list(cache.glob(".unfinished_shard*"))
     disk.make_room()
     assert lm_saes("generate", path).code == 0
     assert {file.name: file.read_bytes() for file in cache.glob("shard-*")} == expected
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_shard(
     assert 0 < len(kept) < 4
     assert line.startswith(f"the disk of {cache} is full (a write failed)")
     assert all((cache / name).read_bytes() == expected[name] for name in kept)
-    assert not list(cache.glob(".unfinished-shard*"))
+    assert not list(cache.glob(".unfinished_shard*"))
     disk.make_room()
     assert lm_saes("generate", path).code == 0
     assert {file.name: file.read_bytes() for file in cache.glob("shard-*")} == expected

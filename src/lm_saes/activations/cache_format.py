@@ -41,11 +41,10 @@ from torch import Tensor
 from lm_saes import tensor_files
 from lm_saes.config.base import BaseConfig, one_line
 from lm_saes.errors import CacheError
-from lm_saes.files import read_json_object
+from lm_saes.files import read_json_object, write_whole
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-UNFINISHED = ".unfinished-"
 GROUP_BYTES = 2 * 2**20
 """Activations of one hook point in one group, the unit of reading, as if they were float32: the order of reading does not depend on the data type."""
 LARGEST_MANIFEST = 256 * 2**20
@@ -166,28 +165,6 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
     write_whole(folder / MANIFEST_FILE, lambda path: path.write_text(json.dumps(manifest.as_dict(), indent=1) + "\n", encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Have `write(temporary path)` write a file, flush it to the disk and give it its name: after a crash it is there whole or not at all."""
-    temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        write(temporary)
-        flush(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

@@ -19,17 +19,15 @@ from lm_saes import locks
 from lm_saes.activations.cache_format import (
     HEADER_ERRORS,
     MANIFEST_FILE,
-    UNFINISHED,
     Manifest,
     ShardRecord,
     progress_name,
     read_manifest,
     words,
     write_manifest,
-    write_whole,
 )
 from lm_saes.errors import CacheError
-from lm_saes.files import parse_json
+from lm_saes.files import UNFINISHED, parse_json, write_whole
 from lm_saes.tensor_files import read_safetensors
 from lm_saes.version import __version__
 

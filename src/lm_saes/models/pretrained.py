@@ -21,7 +21,7 @@ from lm_saes.config.base import dtype_name, validated
 from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError, WeightsError
-from lm_saes.files import read_json
+from lm_saes.files import flush, read_json, write_whole
 from lm_saes.tensor_files import read_safetensors
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def save(dictionary: SparseDictionary, folder: str | Path, fold_activation_scale
         write_files(dictionary.cfg, dictionary.provenance, dictionary.state_dict(), work)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(work / name, folder / name)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -149,7 +149,7 @@ def write_files(cfg: SparseDictionaryConfig, provenance: dict[str, Any], tensors
     """Write both files of a dictionary whose tensors (`state_dict()`) are these, and flush them to the disk."""
     cfg.save_hyperparameters(folder, provenance)
     _write(cfg, tensors, folder / WEIGHTS_FILE)
-    _flush(folder / CONFIG_FILE)
+    flush(folder / CONFIG_FILE)
 
 
 def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
@@ -158,13 +158,7 @@ def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"weights are saved as .safetensors, got '{path.name}'")
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    try:
-        _write(dictionary.cfg, dictionary.state_dict(), work)
-        os.replace(work, path)
-        _flush(path.parent)
-    finally:
-        work.unlink(missing_ok=True)
+    write_whole(path, lambda work: _write(dictionary.cfg, dictionary.state_dict(), work))
 
 
 def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Tensor]:
@@ -213,16 +207,7 @@ def _write(cfg: SparseDictionaryConfig, tensors: Mapping[str, Tensor], path: Pat
     # One key only: the header's order of several is not fixed, and the same weights shall give the same bytes.
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(own, path, metadata={_MODE: cfg.norm_activation})
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path)
 
 
 def _variant(cls: type[DictionaryT], sae_type: Any, origin: str = "") -> tuple[type[SparseDictionaryConfig], type[DictionaryT]]:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lm_saes.errors import LmSaesError, RunFolderError
-from lm_saes.files import inside, parse_json
+from lm_saes.files import UNFINISHED, flush, inside, parse_json
 from lm_saes.models.pretrained import WEIGHTS_FILE, read_weights
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.tensor_files import read_safetensors
@@ -36,9 +36,7 @@ from lm_saes.training.run_folder import (
     DICTIONARY_FILES,
     METRICS_FILE,
     REPLACED,
-    UNFINISHED,
     disk_errors,
-    flush,
     remove,
     write_atomically,
 )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from lm_saes.config import TrainerConfig
 from lm_saes.errors import ConfigError, RunFolderError, did_you_mean
+from lm_saes.files import UNFINISHED
 from lm_saes.training.checkpoint import checkpoint_folders, damage, read_state, resumable_folders
-from lm_saes.training.run_folder import UNFINISHED, disk_errors, remove
+from lm_saes.training.run_folder import disk_errors, remove
 from lm_saes.training.schedules import CLAMPED, total_steps
 
 WITHOUT_EFFECT = frozenset({"exp_result_path", "n_checkpoints", "check_point_save_mode", "keep_checkpoints", "checkpoint_minutes"})

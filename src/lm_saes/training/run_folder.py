@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,15 +14,13 @@ from safetensors import SafetensorError
 
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import LmSaesError, RunFolderError
-from lm_saes.files import finite, read_json_object
+from lm_saes.files import UNFINISHED, finite, read_json_object, write_whole
 from lm_saes.locks import LOCK_FILE, Owner, exclusive
 from lm_saes.models.pretrained import WEIGHTS_FILE
 
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
-UNFINISHED = ".unfinished_"
-"""What the name of a file or folder begins with until it is whole, and again while it is being removed."""
 REPLACED = f"{UNFINISHED}replaced_"
 DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _BEGUN = (METRICS_FILE, "settings.json", "initialization.json")
@@ -99,11 +96,7 @@ def _holds_something(path: Path) -> bool:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file: after a crash it holds the old text or the new one."""
-    temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, table: Any) -> None:
@@ -143,15 +136,6 @@ def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
         reason = "the disk is full; free some space, or lower n_checkpoints" if full else " ".join(str(error).split())
         raise RunFolderError(f"cannot write {what}: {reason}") from None
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
