@@ -40,6 +40,7 @@ ARMS = {
     "active-.75": Arm("active subspace, .75 D", 0.75),
     "masked": Arm("masked Adam", trainer={"optimizer_class": "sparseadam"}),
     "active-auto-masked": Arm('"auto" and masked Adam', "auto", {"optimizer_class": "sparseadam"}),
+    "active-.25-masked": Arm(".25 D and masked Adam", 0.25, {"optimizer_class": "sparseadam"}),
     "auxk": Arm("AuxK", trainer={"auxk_coefficient": 1 / 32}),
     "data-points": Arm("data points", data_points=True),
     "aligned": Arm("aligned", aligned=True),

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,15 @@ class Bench:
     # --------------------------------------------------------------------------------------------------------- jobs
 
     def jobs(self) -> Iterator[Job]:
-        """Seed by seed, so that what is there when the run is stopped is of use."""
+        """What tells most first: the arms on the models, seed by seed; then the control, seed by seed; then the other hook points."""
         o = self.options
         for seed in range(o.seeds):
-            for name in o.sources:
-                if name == "synthetic":
-                    for width in o.widths["synthetic"]:
-                        for share in RANKS:
-                            yield from (Job(name, f"rank {share:g}", arm, width, o.k // 2, seed, o.tokens, o.batch) for arm in DOSE_ARMS)
-                else:
-                    for width in o.widths[name]:
-                        yield from (Job(name, SOURCES[name].layer, arm, width, o.k, seed, o.tokens, o.batch) for arm in o.arms)
+            for name in (name for name in o.sources if name != "synthetic"):
+                for width in o.widths[name]:
+                    yield from (Job(name, SOURCES[name].layer, arm, width, o.k, seed, o.tokens, o.batch) for arm in o.arms)
+        if "synthetic" in o.sources:
+            for seed, width, share in product(range(o.seeds), o.widths["synthetic"], RANKS):
+                yield from (Job("synthetic", f"rank {share:g}", arm, width, o.k // 2, seed, o.tokens, o.batch) for arm in DOSE_ARMS)
         if "demo" in o.sources and o.depth:
             for hook in read_json(o.out / "dimensions.json")["demo"]:
                 yield from (Job("demo", hook, arm, o.widths["demo"][0], o.k, 0, o.tokens, o.batch) for arm in DOSE_ARMS)
