@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,3 +56,27 @@ def test_whatever_stands_in_the_owners_file_is_no_obstacle(tmp_path: Path) -> No
         (tmp_path / ".lock.json").write_text(text)
         with exclusive(tmp_path / ".lock", "it") as former:
             assert former is None
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr("lm_saes.locks.FileLock.acquire", refused)
+    with pytest.raises(RunFolderError, match=r"^the run in x cannot be written: Permission denied \(.*\.lock\); choose another"):
+        with exclusive(tmp_path / ".lock", "the run in x"):
+            pass
+    monkeypatch.undo()
+    monkeypatch.setattr("pathlib.Path.write_text", refused)  # the lock is held by then
+    with pytest.raises(RunFolderError, match="cannot be written"), exclusive(tmp_path / ".lock", "the run in x"):
+        pass
+    monkeypatch.undo()
+    with exclusive(tmp_path / ".lock", "the run in x") as former:
+        assert former is None
+
+
+def test_a_folder_that_is_gone_meanwhile_hides_no_other_error(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(KeyError, match="another"), exclusive(tmp_path / "run" / ".lock", "the run in run"):
+        shutil.rmtree(tmp_path / "run")
+        raise KeyError("another")

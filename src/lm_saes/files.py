@@ -140,17 +140,21 @@ def inside(folder: Path, name: object, error: type[LmSaesError], origin: str) ->
     return folder / path
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], locked: bool = True) -> None:
     """Have `write(temporary path)` write a file, flush it to the disk and give it its name: after a crash it is there whole or not at all, or as it
-    was before."""
-    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    was before.
+
+    Args:
+        locked: nobody else writes the file at the same time. (Then what a crash leaves has one name, and is written over the next time.)
+    """
+    temporary = path.with_name(f"{UNFINISHED}{path.name}" + ("" if locked else f"_{os.getpid()}"))
     try:
         write(temporary)
         flush(temporary)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
     flush(path.parent)
 
 

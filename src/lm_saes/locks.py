@@ -12,7 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -49,21 +49,25 @@ def exclusive(path: Path, what: str, *, error: type[LmSaesError] = RunFolderErro
         The owner before this one, if it died without giving the lock back.
 
     Raises:
-        error: another process, or another part of this one, holds the lock; the message names it.
+        error: another process, or another part of this one, holds the lock, and the message names it; or the folder cannot be written.
     """
     lock, owner_file = FileLock(path), path.with_name(f"{path.name}.json")
     try:
         lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        holder = _owner(owner_file)
-        raise error(f"{what} is being written by {holder or 'another process'}; wait for it, stop it, or choose another folder") from None
-    try:
         former = _owner(owner_file)
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         owner_file.write_text(json.dumps(Owner(socket.gethostname(), os.getpid(), since)._asdict()), encoding="utf-8")
+    except Timeout:
+        holder = _owner(owner_file)
+        raise error(f"{what} is being written by {holder or 'another process'}; wait for it, stop it, or choose another folder") from None
+    except OSError as fault:
+        lock.release()
+        raise error(f"{what} cannot be written: {fault.strerror or fault} ({fault.filename or path}); choose another folder") from None
+    try:
         yield former
     finally:
-        owner_file.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone
+            owner_file.unlink()
         lock.release()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,11 @@ def test_two_cannot_write_one_run(tmp_path):
     with folder.owned():
         (folder.path / "settings.json").write_text("{}")
     assert (folder.path / "settings.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_or_that_vanishes_is_one_line(tmp_path):
+    with pytest.raises(RunFolderError, match="cannot write .*name too long"), RunFolder(tmp_path / ("a" * 300)).owned():
+        pass
+    with pytest.raises(RunFolderError, match="cannot write"), RunFolder(tmp_path / "run").owned():
+        shutil.rmtree(tmp_path / "run")
+        write_json(tmp_path / "run" / "settings.json", {})

@@ -158,7 +158,7 @@ def save_weights(dictionary: SparseDictionary, path: str | Path) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"weights are saved as .safetensors, got '{path.name}'")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda work: _write(dictionary.cfg, dictionary.state_dict(), work))
+    write_whole(path, lambda work: _write(dictionary.cfg, dictionary.state_dict(), work), locked=False)
 
 
 def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Tensor]:

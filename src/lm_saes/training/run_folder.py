@@ -42,15 +42,15 @@ class RunFolder:
             RunFolderError: another process writes there, which the message names; or the folder cannot be made.
         """
         self._must_be_a_folder()
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with disk_errors(str(self.path)):
+            made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
         try:
             with exclusive(self.path / LOCK_FILE, f"the {what} in {self.path}") as former:
                 yield former
         finally:
-            if made and all(path.name == LOCK_FILE for path in self.path.iterdir()):  # nothing came of it
-                with suppress(OSError):
+            with suppress(OSError):  # the folder may be gone
+                if made and all(path.name == LOCK_FILE for path in self.path.iterdir()):  # nothing came of it
                     (self.path / LOCK_FILE).unlink(missing_ok=True)
                     for folder in made:
                         folder.rmdir()
@@ -84,7 +84,9 @@ class RunFolder:
         self.begun = any((self.path / name).is_file() for name in _BEGUN)
 
     def _must_be_a_folder(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        with disk_errors(str(self.path)):
+            is_a_file = self.path.exists() and not self.path.is_dir()
+        if is_a_file:
             raise RunFolderError(f"the run's folder {self.path} is a file; choose another exp_result_path")
 
 
