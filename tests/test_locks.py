@@ -63,9 +63,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
         raise PermissionError(13, "Permission denied", str(tmp_path / ".lock"))
 
     monkeypatch.setattr("lm_saes.locks.FileLock.acquire", refused)
-    with pytest.raises(RunFolderError, match=r"^the run in x cannot be written: Permission denied \(.*\.lock\); choose another"):
-        with exclusive(tmp_path / ".lock", "the run in x"):
-            pass
+    wanted = r"^the run in x cannot be written: Permission denied \(.*\.lock\); choose another"
+    with pytest.raises(RunFolderError, match=wanted), exclusive(tmp_path / ".lock", "the run in x"):
+        pass
     monkeypatch.undo()
     monkeypatch.setattr("pathlib.Path.write_text", refused)  # the lock is held by then
     with pytest.raises(RunFolderError, match="cannot be written"), exclusive(tmp_path / ".lock", "the run in x"):
@@ -77,6 +77,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_is_gone_meanwhile_hides_no_other_error(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with pytest.raises(KeyError, match="another"), exclusive(tmp_path / "run" / ".lock", "the run in run"):
-        shutil.rmtree(tmp_path / "run")
-        raise KeyError("another")
+
+    def fail() -> None:
+        with exclusive(tmp_path / "run" / ".lock", "the run in run"):
+            shutil.rmtree(tmp_path / "run")
+            raise KeyError("another")
+
+    with pytest.raises(KeyError, match="another"):
+        fail()

@@ -245,8 +245,13 @@ def test_two_cannot_write_one_run(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_or_that_vanishes_is_one_line(tmp_path):
-    with pytest.raises(RunFolderError, match="cannot write .*name too long"), RunFolder(tmp_path / ("a" * 300)).owned():
+    with pytest.raises(RunFolderError, match=r"cannot write .*name too long"), RunFolder(tmp_path / ("a" * 300)).owned():
         pass
-    with pytest.raises(RunFolderError, match="cannot write"), RunFolder(tmp_path / "run").owned():
-        shutil.rmtree(tmp_path / "run")
-        write_json(tmp_path / "run" / "settings.json", {})
+
+    def lose_the_folder():
+        with RunFolder(tmp_path / "run").owned():
+            shutil.rmtree(tmp_path / "run")
+            write_json(tmp_path / "run" / "settings.json", {})
+
+    with pytest.raises(RunFolderError, match="cannot write"):
+        lose_the_folder()
