@@ -12,23 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from lm_saes import cli, commands
+from lm_saes import commands
+from tests.command import run
 from tests.lm.tiny_models import save_tiny
 
 SHORT = [
     "--trainer.total_training_tokens", "8192", "--activation_factory.batch_size", "1024", "--activation_factory.buffer_size", "2048",
     "--eval_config.total_eval_tokens", "2000", "--trainer.dead_threshold", "1000",
 ]  # fmt: skip
-
-
-def run(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """`lm-saes WORDS` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["lm-saes", *words])
-    try:
-        cli.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
 
 
 def process(*words: str, **options) -> subprocess.CompletedProcess[str]:

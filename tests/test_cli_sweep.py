@@ -10,7 +10,8 @@ import pytest
 
 from lm_saes.config import SweepSAESettings, TrainSAESettings
 from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
-from tests.test_cli import assert_one_line, run, small_run, write
+from tests.command import run
+from tests.test_cli import assert_one_line, small_run, write
 
 
 @pytest.fixture

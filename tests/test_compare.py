@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lm_saes import SparseDictionary, cli
+from lm_saes import SparseDictionary
 from lm_saes.compare import _names
-
-
-def run(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["lm-saes", *words])
-    try:
-        cli.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+from tests.command import run
 
 
 @pytest.fixture

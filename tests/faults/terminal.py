@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from lm_saes.cli import main
+from tests import command
 from tests.lm.tiny_models import save_tiny
 
 HOOK = "blocks.0.hook_resid_post"
@@ -42,14 +41,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """`lm-saes` in this process."""
 
     def run(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "1000")
         capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = command.run(*words, monkeypatch=monkeypatch)
         said = capsys.readouterr()
         return Said(code, said.out, said.err)
 

@@ -6,6 +6,7 @@ Every test runs the command line and asserts the very line that it prints.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,24 @@ def test_text_that_holds_nothing(material: Path, run: Path, tmp_path: Path, lm_s
     path = settings_file(tmp_path, training(material, run, datasets__text={"dataset_name_or_path": text_of(tmp_path, name, data)}))
     assert lm_saes("train", path).line == line
     assert not run.exists()
+
+
+def test_some_documents_are_empty(material: Path, tmp_path: Path, lm_saes: Terminal) -> None:
+    """They are counted and said, and leave no trace in what is learned, not even a separator: the same weights as without them."""
+    document = (material / "text.jsonl").read_bytes().splitlines()[0]  # all the same, so that the order in which they are read does not matter
+    empty = [b'{"text": ""}', b'{"text": null}', b'{"text": " \\n"}'] * 8
+    counted = {}
+    for name, documents in (("without", [document] * 24), ("with", [document, *empty] * 24)):
+        text = {"dataset_name_or_path": text_of(tmp_path, f"{name}.jsonl", b"\n".join(documents))}
+        said = lm_saes("train", settings_file(tmp_path, training(material, tmp_path / name, datasets__text=text)))
+        assert said.code == 0
+        (counted[name],) = (line for line in said.out.splitlines() if line.startswith("kept "))
+    tokens, _, documents = counted["without"].rpartition("; ")
+    read = re.fullmatch(re.escape(tokens) + r"; (\d+) documents \((\d+) empty\)", counted["with"])
+    assert read is not None, counted
+    assert int(read[1]) - int(read[2]) == int(documents.split()[0]) < 24
+    assert int(read[2]) >= 3
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
 
 
 @pytest.mark.parametrize(

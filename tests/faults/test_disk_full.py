@@ -91,6 +91,21 @@ def clean_shards(material: Path, folder: Path, lm_saes: Terminal, tmp_path: Path
     return {path.name: path.read_bytes() for path in folder.glob("shard-*")}
 
 
+def stopped_by_a_full_disk(cache: Path, lm_saes: Terminal, path: Path) -> tuple[str, list[str]]:
+    """The line that is printed, and the names of the shards that are kept: some but not all of them, and no half of one."""
+    line = lm_saes("generate", path).line
+    kept = sorted(file.name for file in cache.glob("shard-*"))
+    assert 0 < len(kept) < 4
+    assert not list(cache.glob(".unfinished_shard*"))
+    return line, kept
+
+
+def goes_on(cache: Path, lm_saes: Terminal, path: Path, expected: dict[str, bytes]) -> None:
+    """The same command ends with the shards of a writing that was never stopped."""
+    assert lm_saes("generate", path).code == 0
+    assert {file.name: file.read_bytes() for file in cache.glob("shard-*")} == expected
+
+
 def test_a_disk_that_fills_while_a_cache_is_written(
     material: Path, disk: SmallDisk, lm_saes: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,18 +114,14 @@ def test_a_disk_that_fills_while_a_cache_is_written(
     unmeasured(monkeypatch)
     cache, path = disk.path / "cache", settings_file(tmp_path, generation(material, disk.path / "cache"))
     disk.leave(350 * 1024)
-    line = lm_saes("generate", path).line
-    kept = sorted(file.name for file in cache.glob("shard-*"))
-    assert 0 < len(kept) < 4
+    line, kept = stopped_by_a_full_disk(cache, lm_saes, path)
     assert line.startswith(f"the disk of {cache} is full (the next shard needs ")
     assert line.endswith(
         f"; {len(kept)} shards with {500 * len(kept):,} tokens are kept: free some space and run again to go on, "
         f"or use what is there: lm-saes cache finish {cache}"
     )
-    assert not list(cache.glob(".unfinished_shard*"))
     disk.make_room()
-    assert lm_saes("generate", path).code == 0
-    assert {file.name: file.read_bytes() for file in cache.glob("shard-*")} == expected
+    goes_on(cache, lm_saes, path, expected)
     assert ActivationCache(cache).verify() == []
 
 
@@ -123,15 +134,11 @@ def test_a_disk_that_fills_in_the_middle_of_a_shard(
     monkeypatch.setattr(writer, "room_for", lambda *_: None)
     cache, path = disk.path / "cache", settings_file(tmp_path, generation(material, disk.path / "cache"))
     disk.leave(200 * 1024)
-    line = lm_saes("generate", path).line
-    kept = sorted(file.name for file in cache.glob("shard-*"))
-    assert 0 < len(kept) < 4
+    line, kept = stopped_by_a_full_disk(cache, lm_saes, path)
     assert line.startswith(f"the disk of {cache} is full (a write failed)")
     assert all((cache / name).read_bytes() == expected[name] for name in kept)
-    assert not list(cache.glob(".unfinished_shard*"))
     disk.make_room()
-    assert lm_saes("generate", path).code == 0
-    assert {file.name: file.read_bytes() for file in cache.glob("shard-*")} == expected
+    goes_on(cache, lm_saes, path, expected)
 
 
 def test_what_is_there_can_be_used(material: Path, disk: SmallDisk, lm_saes: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

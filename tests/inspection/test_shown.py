@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from lm_saes import cli
 from lm_saes.config import TrainSAESettings, load_settings
 from lm_saes.errors import ConfigError
 from lm_saes.inspection import figure
@@ -20,6 +18,7 @@ from lm_saes.inspection.command import advice_for
 from lm_saes.inspection.inspect import inspect_batches
 from lm_saes.inspection.report import ActivationReport
 from lm_saes.inspection.table import abbreviated, render
+from tests.command import run
 from tests.lm.tiny_models import save_tiny
 
 NAMES = [f"blocks.{block}.{kind}" for kind in ("hook_attn_out", "hook_resid_post") for block in range(3)]
@@ -78,15 +77,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 # ---------------------------------------------------------------------------------------------- the command
-
-
-def run(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["lm-saes", *words])
-    try:
-        cli.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
