@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def read_safetensors(path: Path, error: type[LmSaesError]) -> tuple[dict[str, Te
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  the file is not a dict
     except Exception as fault:  # of the library, of torch or of the disk: they have no common base
         raise error(f"{path} is damaged or not safetensors: {reason(fault)}") from None
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a safetensors file takes them: on the CPU, contiguous, each with memory of its own. Copied only where they are not like that."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def read_torch(path: Path, error: type[LmSaesError], mmap: bool = False) -> Any:

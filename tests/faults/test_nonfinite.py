@@ -188,6 +188,13 @@ def test_a_full_folder_of_batches_still_lets_the_same_step_be_written_again(tmp_
     assert load_file(tmp_path / "nonfinite_step_3.safetensors")["x"].shape == (5,)
 
 
+def test_hook_points_that_share_memory_are_saved_too(tmp_path: Path) -> None:
+    x = torch.full((2,), math.nan)
+    with pytest.raises(NonFiniteError, match="the batch is in"):
+        NonFiniteWatch(tmp_path).check(1, {"a": x, "b": x}, ["the loss"], torch.tensor([math.nan]))
+    assert set(load_file(tmp_path / "nonfinite_step_1.safetensors")) == {"a", "b"}
+
+
 def test_initialisation_passes_over_such_batches_where_the_run_does() -> None:
     said: list[str] = []
     stream = finite_batches(Faulty({1, 3}), [HOOK], said.append)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class SyntheticStream:
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "nested": {"marker": torch.tensor([self.position])}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert state["nested"]["marker"].tolist() == [state["position"]]
         self.position = state["position"]
 

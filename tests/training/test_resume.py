@@ -398,3 +398,35 @@ def test_checkpoints_come_by_the_clock_too(trainer_config, monkeypatch):
         monkeypatch.setattr(background_module.BackgroundWriter, "busy", False)
         Trainer(cfg).fit(make_dictionary(), Slow(batch_size=64))
         assert set(resumable_folders(cfg.exp_result_path)) == {11} | steps
+
+
+def test_going_on_from_an_older_checkpoint_nothing_of_the_former_future_is_left(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=6, check_point_save_mode="linear", keep_checkpoints=2)
+    Trainer(cfg.replace(keep_checkpoints=9)).fit(make_dictionary(), stream())
+    folder = Path(cfg.exp_result_path) / "checkpoints"
+    sae = make_dictionary()
+    with pytest.raises(Killed):
+        Trainer.from_checkpoint(sae, folder / "step_8", cfg.replace(lr=1e-4)).fit(sae, Dying(at=14))
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_12", "step_4", "step_8"]
+    assert Trainer.from_checkpoint(sae, cfg.exp_result_path).cur_step == 12, "the new one is whole"
+
+
+def test_from_checkpoint_finds_damage(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=2)
+    Trainer(cfg).fit(make_dictionary(), stream())
+    path = Path(cfg.exp_result_path) / "checkpoints" / f"step_{STEPS}" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"step_24 is damaged \(optimizer\.safetensors is not what was written\); go on from another"):
+        Trainer.from_checkpoint(make_dictionary(), cfg.exp_result_path)
+
+
+def test_metrics_that_are_no_text_are_cut_off(trainer_config):
+    cfg = trainer_config(STEPS, n_checkpoints=6, check_point_save_mode="linear", log_frequency=1)
+    with pytest.raises(Killed):
+        Trainer(cfg).fit(make_dictionary(), Dying(at=10))
+    with (Path(cfg.exp_result_path) / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\0\0")  # as file systems leave it when the power fails
+    Trainer(cfg, resume=True).fit(make_dictionary(), stream())
+    assert [line["step"] for line in metrics(cfg.exp_result_path)] == list(range(1, STEPS + 1))

@@ -30,7 +30,7 @@ from lm_saes.errors import LmSaesError, RunFolderError
 from lm_saes.files import UNFINISHED, flush, inside, parse_json
 from lm_saes.models.pretrained import WEIGHTS_FILE, read_weights
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.tensor_files import read_safetensors
+from lm_saes.tensor_files import read_safetensors, separate
 from lm_saes.training.run_folder import (
     CHECKPOINTS,
     DICTIONARY_FILES,
@@ -106,7 +106,7 @@ def write_checkpoint(
             remove(left_over)
         (temporary / STREAM_FOLDER).mkdir(parents=True)
         save_dictionary(temporary)
-        save_file(_separate(tensors), temporary / TENSORS_FILE)
+        save_file(separate(tensors), temporary / TENSORS_FILE)
         shared: dict[str, Any] = {}
         if isinstance(stream, Path):
             shared = {name: entry for name, entry in read_state(stream)["files"].items() if name.startswith(f"{STREAM_FOLDER}/")}
@@ -115,7 +115,7 @@ def write_checkpoint(
         elif stream is not None:
             stream_tensors: dict[str, Tensor] = {}
             plain = _without_tensors(stream, stream_tensors)
-            save_file(_separate(stream_tensors), temporary / STREAM_FOLDER / _STREAM_TENSORS)
+            save_file(separate(stream_tensors), temporary / STREAM_FOLDER / _STREAM_TENSORS)
             (temporary / STREAM_FOLDER / STATE_FILE).write_text(json.dumps(plain), encoding="utf-8")
         written = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*")) if path.is_file()}
         files = {name: shared.get(name) or {"bytes": path.stat().st_size, "xxh3": _checksum(path)} for name, path in written.items()}
@@ -155,20 +155,6 @@ def remove_old(run_folder: str | Path, keep: int, planned: Collection[int]) -> N
                 doomed = path.with_name(f"{UNFINISHED}{path.name}")
                 path.rename(doomed)
                 remove(doomed)
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file takes them: on the CPU, contiguous, each with memory of its own. Copied only where they are not like that."""
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        separate[name] = own
-    return separate
 
 
 def _link(path: Path, other: Path) -> None:

@@ -67,7 +67,7 @@ class JsonLines(Logger):
             self._file = self.path.open("a", encoding="utf-8")
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
 
     @override
     def log(self, step: int, metrics: dict[str, float], console: bool = True) -> None:
@@ -85,7 +85,7 @@ class JsonLines(Logger):
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for a line that a crash left unfinished."""
+    """The step of a line; infinite for one that a crash left unfinished, or not as text."""
     try:
         return float(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_saes.errors import NonFiniteError
 from lm_saes.models.statistics import kept_rows
+from lm_saes.tensor_files import separate
 from lm_saes.training.run_folder import disk_errors
 
 MOST_KEPT = 8
@@ -111,7 +112,7 @@ class NonFiniteWatch:
             return f"not saved ({MOST_KEPT} others are)"
         with disk_errors(str(path), path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.detach().cpu().contiguous() for key, value in vitals.batch.items() if isinstance(value, Tensor)}, path)
+            save_file(separate({key: value for key, value in vitals.batch.items() if isinstance(value, Tensor)}), path)
         return f"in {path}"
 
     def state_dict(self) -> dict[str, Tensor]:

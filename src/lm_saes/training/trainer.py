@@ -13,7 +13,7 @@ from lm_saes.config import TrainerConfig
 from lm_saes.config.base import validated
 from lm_saes.errors import ConfigError, RunFolderError
 from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, read_checkpoint
+from lm_saes.training.checkpoint import Checkpoint, damage, find_checkpoint, load_weights, read_checkpoint
 from lm_saes.training.loggers import Logger, ObjectLogger
 from lm_saes.training.loop import train
 from lm_saes.training.resume import NO_CHECKPOINT, allowed_changes, check_allowed, differences, discard_newer, newest_moment, trainer_table
@@ -77,10 +77,15 @@ class Trainer:
             cfg: replaces the configuration that the checkpoint was made with.
             options: `loggers` and `settings`, as for `Trainer`.
 
+        In the folder of the checkpoint's own run, `fit` removes what is newer: it belongs to a future that this run does not have.
+
         Raises:
-            RunFolderError: there is no whole checkpoint, or it is of another dictionary.
+            RunFolderError: there is no whole checkpoint, it is damaged, or it is of another dictionary.
         """
-        checkpoint = read_checkpoint(find_checkpoint(checkpoint_path))
+        folder = find_checkpoint(checkpoint_path)
+        if (why := damage(folder)) is not None:
+            raise RunFolderError(f"{folder} is damaged ({why}); go on from another checkpoint")
+        checkpoint = read_checkpoint(folder)
         cfg = cfg or validated(TrainerConfig, checkpoint.state["trainer"], origin=str(checkpoint.folder))
         trainer = cls(cfg, **{"settings": checkpoint.state["settings"], **options})
         load_weights(sae, checkpoint.folder)
@@ -98,7 +103,8 @@ class Trainer:
 
         Args:
             activation_stream: batches `{hook: [N, D], "tokens": [N], "mask": [N]}`, or 2D ones `[B, S, D]`, which are flattened by their
-                mask. To resume it needs `state_dict()` and `load_state_dict(state)`.
+                mask. To resume it needs `state_dict()` and `load_state_dict(state)`; a state is a snapshot of JSON values and tensors, which
+                must not change when the stream goes on: it is written behind training.
             eval_fn: called with the dictionary (eval mode, no gradients) every `eval_frequency` steps; the numbers it returns are logged.
             wandb_logger: any object with `log(metrics, step=...)`.
 
@@ -127,9 +133,11 @@ class Trainer:
     def _open_folder(self, folder: RunFolder, sae: SparseDictionary) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to go on from, if there is one, and what is to be said about it; `sae` gets its weights, or those that a fresh run
         starts from."""
-        if self._restored is not None:
-            if self._restored.folder.parent.parent.resolve() != folder.path.resolve():  # from_checkpoint, going on in a folder of its own
-                folder.open()
+        if self._restored is not None:  # from_checkpoint, going on where the checkpoint is, or in a folder of its own
+            where_it_is = self._restored.folder.parent.parent.resolve() == folder.path.resolve()
+            folder.open(resume=where_it_is)
+            if where_it_is:
+                discard_newer(self._restored.folder)
             return self._restored, []
         if self._run is not None:
             raise RunFolderError(f"this trainer has run already in {folder.path}; make a new Trainer, with another exp_result_path or resume=True")
