@@ -208,7 +208,17 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
         (["train", "demo", "--trainer.lr"], "lr needs a number, got true"),
         (["train", "demo", "--trainer.lr", "-1"], "greater than 0 (got -1)"),
         (["train", "demo", "--trainer", "3"], "trainer"),
-        (["train", "."], "no config file or recipe '.'"),
+        (["train", "."], ". is a folder; give a settings file, such as the settings.json of a run"),
+        (["train", "nowhere"], "no config file or recipe 'nowhere'. Recipes: demo"),
+        (["train", "demo", "--trainer.exp_result_path", "a.txt/x", "--dry-run"], "the run's folder a.txt/x would be in the file"),
+        (["train", "demo", "--trainer.exp_result_path", "a.txt", "--dry-run"], "the run's folder a.txt is a file"),
+        (["train", "demo", "--trainer.exp_result_path", "a" * 300], "name too long"),
+        (["train", "demo", "--trainer.from_pretrained_path", "nowhere", "--dry-run"], "no whole checkpoint at nowhere"),
+        (["train", "demo", "--dry-run", "--allow-change", "trainer.lr"], "give --resume with it"),
+        (["train", "demo", "--dry-run", "--resume", "--allow-change", "trainer.seed"], "trainer.seed cannot change when a run goes on; what can"),
+        (["sweep", "demo", "--grid", "sae.top_k=8,16", "--out", "a.txt", "--dry-run"], "would be in the file"),
+        (["inspect", "--context-size", "0"], "context_size: Input should be greater than or equal to 2 (got 0)"),
+        (["bench", "synthetic", "--out", "a.txt"], "cannot write a.txt"),
         (["train"], "lm-saes train needs CONFIG"),
         (["show", "runs/x", "17"], "unexpected 17"),
         (["show", "runs/x", "--n", "0"], "--n must be at least 1"),
@@ -218,6 +228,7 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
 )
 def test_bad_words_are_one_line_and_exit_2(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
     assert run(*words, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert_one_line(error)

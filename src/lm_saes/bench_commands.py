@@ -51,12 +51,14 @@ def synthetic(
     """Train and score what is not there yet, a line for each, then the table of all; also as `table.md` in the folder."""
     chosen = list(KINDS) if kinds is None else list(dict.fromkeys(kinds))
     if unknown := [name for name in chosen if name not in KINDS]:
-        raise ConfigError(f"no kind of dictionary '{unknown[0]}'{did_you_mean(unknown[0], KINDS)} Kinds: {', '.join(KINDS)}")
+        raise ConfigError(f"no kind of dictionary '{unknown[0]}'{did_you_mean(unknown[0], KINDS) or '.'} Kinds: {', '.join(KINDS)}")
     chosen += check_baselines(list(baselines), tuple(BASELINE_KINDS))
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
     preset = SyntheticBenchmarkConfig.preset(size)
     cfg = validated(SyntheticBenchmarkConfig, {**preset.as_dict(), "device": device, **({} if samples is None else {"n_training_samples": samples})})
+    with disk_errors(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
     terminal, began = display.console(), time.monotonic()
     terminal.print(Text(_described(cfg), style="dim"))
     with terminal.status("pushing the features' directions apart"):

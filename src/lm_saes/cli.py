@@ -88,10 +88,8 @@ def train(
         settings = baseline_settings(settings, baseline)
     from lm_saes import commands
 
-    if dry_run:
-        commands.dry_run(settings)
-    else:
-        commands.train(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
+    command = commands.dry_run if dry_run else commands.train
+    command(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
 @app.command
@@ -121,10 +119,8 @@ def sweep(
     settings = _sweep_settings(config, overrides, grid or [], out)
     from lm_saes import commands
 
-    if dry_run:
-        commands.dry_run_of_sweep(settings)
-    else:
-        commands.sweep(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
+    command = commands.dry_run_of_sweep if dry_run else commands.sweep
+    command(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
 @app.command
@@ -262,11 +258,13 @@ def recipe(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = sorted(path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.toml"))
-    raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known)} Recipes: {', '.join(known)}")
+    raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known) or '.'} Recipes: {', '.join(known)}")
 
 
 def _file(config: Path) -> Path:
     """A settings file, or the recipe of that name."""
+    if config.is_dir():
+        raise ConfigError(f"{config} is a folder; give a settings file, such as the settings.json of a run ({config / 'settings.json'})")
     return config if config.suffix or config.is_file() else recipe(str(config))
 
 

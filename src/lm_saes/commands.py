@@ -29,8 +29,8 @@ from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
 from lm_saes.inspection.command import advice_for
 from lm_saes.locks import LOCK_FILE
 from lm_saes.records import check_finished, check_same, settings_of_run
-from lm_saes.runners import evaluate_dictionary, evaluate_sae, load_run, train_sae
-from lm_saes.sweep import settings_of_sweep, sweep_sae
+from lm_saes.runners import check_folders, evaluate_dictionary, evaluate_sae, load_run, train_sae
+from lm_saes.sweep import check_folder, settings_of_sweep, sweep_sae
 from lm_saes.training import loggers
 from lm_saes.training.board import Board
 from lm_saes.training.run_folder import RunFolder, write_json
@@ -186,8 +186,9 @@ def show_comparison(rows: Sequence[Row], terminal: display.Terminal) -> None:
     terminal.print(Text(f"\n{caption(rows)}", style="dim"))
 
 
-def dry_run(settings: TrainSAESettings) -> None:
+def dry_run(settings: TrainSAESettings, resume: bool = False, allow_changes: Sequence[str] = ()) -> None:
     """Print what a run would need and take."""
+    check_folders([settings], resume, allow_changes)
     terminal = display.console()
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))
     with terminal.status("measuring for twenty seconds"):
@@ -201,10 +202,12 @@ def dry_run(settings: TrainSAESettings) -> None:
     terminal.print(Text(f"\n{result.verdict()}", style="bold green" if result.fits else "bold red"), soft_wrap=True)
 
 
-def dry_run_of_sweep(settings: SweepSAESettings) -> None:
+def dry_run_of_sweep(settings: SweepSAESettings, resume: bool = False, allow_changes: Sequence[str] = ()) -> None:
     """Print the runs of a sweep, and what they would need and take together."""
-    terminal = display.console()
     members = settings.members()
+    check_folder(settings, resume)
+    check_folders(members, resume, allow_changes)
+    terminal = display.console()
     terminal.print(display.rows_table(sweep_rows(settings, members)))
     with terminal.status("measuring for twenty seconds"):
         result, each = estimate_sweep(settings)

@@ -31,7 +31,7 @@ from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.records import check_finished, check_same, provenance, settings_of_run, settings_record
-from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, read_checkpoint
+from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, newest_checkpoint, read_checkpoint
 from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
 from lm_saes.training.loop import train
 from lm_saes.training.resume import NO_CHECKPOINT, check_allowed, discard_newer, newest_moment
@@ -191,6 +191,8 @@ def _open_folders(members: Sequence[TrainSAESettings], resume: bool, allowed: li
         folder.open(resume)
     moment = newest_moment([settings.trainer for settings in members])
     if moment.checkpoints is None:
+        for settings in members:
+            _check_start(settings)
         return [None] * len(members), [[NO_CHECKPOINT.format(folder.path)] if folder.begun else [] for folder in folders]
     notes: list[list[str]] = []
     for settings, checkpoint in zip(members, moment.checkpoints, strict=True):
@@ -199,6 +201,27 @@ def _open_folders(members: Sequence[TrainSAESettings], resume: bool, allowed: li
             discard_newer(checkpoint)
         notes.append([*moment.notes, *changes])
     return [*moment.checkpoints], notes
+
+
+def check_folders(members: Sequence[TrainSAESettings], resume: bool, allow_changes: Sequence[str]) -> None:
+    """What `train_together` would say of the runs' folders. Touches nothing.
+
+    Raises:
+        LmSaesError: they cannot be used, or not with these settings; or the checkpoint that a run is to start from is not there.
+    """
+    allowed = check_allowed(allow_changes)
+    for settings in members:
+        RunFolder(_folder(settings)).check(resume)
+        if resume and newest_checkpoint(_folder(settings)) is not None:
+            check_same(settings, _folder(settings), allowed)
+        else:
+            _check_start(settings)
+
+
+def _check_start(settings: TrainSAESettings) -> None:
+    """The checkpoint whose weights a run starts from is there."""
+    if settings.trainer.from_pretrained_path is not None:
+        find_checkpoint(settings.trainer.from_pretrained_path)
 
 
 def _step(checkpoint: Path | None) -> int:
@@ -321,4 +344,4 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[SparseDictionary
     return sae, placed, open_model(placed)
 
 
-__all__ = ["Outcome", "evaluate_dictionary", "evaluate_sae", "load_run", "train_sae", "train_together"]
+__all__ = ["Outcome", "check_folders", "evaluate_dictionary", "evaluate_sae", "load_run", "train_sae", "train_together"]

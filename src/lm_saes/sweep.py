@@ -64,7 +64,7 @@ def sweep_sae(
             report(member, name, value)
 
     with RunFolder(folder).owned("sweep"):
-        _check_folder(settings, folder, resume)
+        check_folder(settings, resume)
         outcomes = train_together(
             members,
             resume=resume,
@@ -88,8 +88,13 @@ def settings_of_sweep(folder: str | Path) -> SweepSAESettings:
     return load_settings(SweepSAESettings, Path(folder) / SWEEP_FILE)
 
 
-def _check_folder(settings: SweepSAESettings, folder: Path, resume: bool) -> None:
-    """The sweep's folder is not that of a run, nor of another sweep."""
+def check_folder(settings: SweepSAESettings, resume: bool) -> None:
+    """The sweep's folder is not that of a run, nor of another sweep. Touches nothing.
+
+    Raises:
+        LmSaesError: it is; or the sweep that is there has other runs.
+    """
+    folder = Path(settings.exp_result_path)
     if (folder / "settings.json").is_file():
         raise RunFolderError(f"{folder} holds a run, so it cannot hold a sweep; choose another folder with --out (exp_result_path)")
     if not (folder / SWEEP_FILE).is_file():
@@ -104,4 +109,4 @@ def _check_folder(settings: SweepSAESettings, folder: Path, resume: bool) -> Non
         raise ConfigError(f"the sweep in {folder} {what} the run '{name}'; resume it as it was begun (lm-saes sweep {folder} --resume)")
 
 
-__all__ = ["settings_of_sweep", "sweep_sae"]
+__all__ = ["check_folder", "settings_of_sweep", "sweep_sae"]

@@ -38,7 +38,7 @@ def check_baselines(names: list[str], known: tuple[str, ...] = BASELINES) -> lis
             here = (
                 f" here{'; lm-saes evaluate RUN --baseline pca fits it' if name == 'pca' else ''}."
                 if name in BASELINES
-                else did_you_mean(name, known)
+                else did_you_mean(name, known) or "."
             )
             raise ConfigError(f"no baseline '{name}'{here} Baselines: {', '.join(known)}")
     return list(dict.fromkeys(names))

@@ -18,6 +18,7 @@ from lm_saes.config import (
     LanguageModelConfig,
     StreamSettings,
 )
+from lm_saes.config.base import validated
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError, DataError, HookPointError
 from lm_saes.inspection.report import ActivationReport, HookPointReport, describe
@@ -61,14 +62,15 @@ def inspect_activations(
     """
     loaded = _load(model, device)
     source = DatasetConfig(dataset_name_or_path=text) if isinstance(text, str) else text
-    factory = ActivationFactoryConfig(
-        sources=[ActivationFactoryDatasetSource(name="text")],
-        target=ActivationFactoryTarget.ACTIVATIONS_2D,
-        hook_points=expand(hook_points, loaded),
-        batch_size=ROWS,
-        model_batch_size=ROWS,
-        context_size=context_size,
-    )
+    table = {
+        "sources": [ActivationFactoryDatasetSource(name="text")],
+        "target": ActivationFactoryTarget.ACTIVATIONS_2D,
+        "hook_points": expand(hook_points, loaded),
+        "batch_size": ROWS,
+        "model_batch_size": ROWS,
+        "context_size": context_size,
+    }
+    factory = validated(ActivationFactoryConfig, table)
     return _inspect(loaded, factory, {"text": source}, tokens, _name(source))
 
 

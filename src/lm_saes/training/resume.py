@@ -152,7 +152,7 @@ def check_allowed(allow: Iterable[str]) -> list[str]:
     for name in names:
         table, _, field = name.partition(".")
         if not may_change(name):
-            near = did_you_mean(name, [*CHANGEABLE, *(f"trainer.{field}" for field in TrainerConfig.model_fields)])
+            near = "" if table in CHANGEABLE else did_you_mean(table, CHANGEABLE)
             raise ConfigError(
                 f"{name} cannot change when a run goes on{near}; what can: trainer.* (but {', '.join(sorted(AT_THE_START))}), {', '.join(CHANGEABLE[1:])}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,11 +56,26 @@ class RunFolder:
                     for folder in made:
                         folder.rmdir()
 
-    def open(self, resume: bool = False) -> None:
-        """Make the folder ready for a run: refuse one that was used, unless to `resume`, and mend what a killed process left.
+    def check(self, resume: bool = False) -> None:
+        """Whether a run can be had here. Touches nothing.
 
         Raises:
-            RunFolderError: the folder was used and `resume` is false; or it holds a run's dictionary and no checkpoint; or it cannot be written.
+            RunFolderError: the folder was used and `resume` is false; or it holds a run's dictionary and no checkpoint; or it is, or would be in,
+                a file or a folder that cannot be written.
+        """
+        if not os.access(there := self._must_be_a_folder(), os.W_OK):
+            raise RunFolderError(f"cannot write {self.path}: no permission to write to {there}; choose another exp_result_path")
+        used = [name for name in (METRICS_FILE, CHECKPOINTS, *DICTIONARY_FILES) if _holds_something(self.path / name)]
+        if used and not resume:
+            raise RunFolderError(f"{self.path} holds the {used[0]} of an earlier run; resume that run, or choose another exp_result_path")
+        if CONFIG_FILE in used and CHECKPOINTS not in used:
+            raise RunFolderError(f"{self.path} holds {CONFIG_FILE} but no checkpoint to resume from; choose another exp_result_path")
+
+    def open(self, resume: bool = False) -> None:
+        """Make the folder ready for a run: refuse one that cannot be used (see `check`), and mend what a killed process left.
+
+        Raises:
+            RunFolderError: as `check`.
         """
         self._must_be_a_folder()
         checkpoints = self.path / CHECKPOINTS
@@ -76,18 +92,17 @@ class RunFolder:
             ]  # the last: `save_pretrained`
             for path in left:
                 remove(path)
-        used = [name for name in (METRICS_FILE, CHECKPOINTS, *DICTIONARY_FILES) if _holds_something(self.path / name)]
-        if used and not resume:
-            raise RunFolderError(f"{self.path} holds the {used[0]} of an earlier run; resume that run, or choose another exp_result_path")
-        if CONFIG_FILE in used and CHECKPOINTS not in used:
-            raise RunFolderError(f"{self.path} holds {CONFIG_FILE} but no checkpoint to resume from; choose another exp_result_path")
+        self.check(resume)
         self.begun = any((self.path / name).is_file() for name in _BEGUN)
 
-    def _must_be_a_folder(self) -> None:
+    def _must_be_a_folder(self) -> Path:
+        """What there is of the path."""
         with disk_errors(str(self.path)):
-            is_a_file = self.path.exists() and not self.path.is_dir()
-        if is_a_file:
-            raise RunFolderError(f"the run's folder {self.path} is a file; choose another exp_result_path")
+            there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            where = "is a file" if there == self.path else f"would be in the file {there}"
+            raise RunFolderError(f"the run's folder {self.path} {where}; choose another exp_result_path")
+        return there
 
 
 def _holds_something(path: Path) -> bool:
