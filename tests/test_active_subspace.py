@@ -107,27 +107,52 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(tmp_path, monkeypatch
     monkeypatch.setattr(run, "train", lambda job, *rest: done.append(job) or train(job, *rest))
     monkeypatch.setattr(run, "INITIALISED_FROM", 1024)
     run.Bench(options).run()
-    assert [job.arm for job in done] == ["random", "active-auto"]
+    assert [job.arm for job in done] == ["random", "active-auto", "active-.25"]
     lines = run.read_results(tmp_path / "results.jsonl")
     assert lines[0]["d_active"] is None
     assert lines[1]["d_active"] == pytest.approx(0.6 * 128, abs=4)
+    assert lines[2]["d_active"] == 32
     assert 0.5 < lines[0]["effective_rank"] < 0.65
-    (tmp_path / "results.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     run.Bench(options).run()
-    assert [job.arm for job in done] == ["random", "active-auto", "random"]  # the second was there
+    assert [job.arm for job in done[3:]] == ["random"]  # the others were there
     run.Bench(run.options_of([*words, "--seeds", "0"])).run()
-    assert len(done) == 3
+    assert len(done) == 4
 
     table = report.dose_table(run.read_results(tmp_path / "results.jsonl"))
-    assert "| synthetic, rank 0.6 | 2 |" in table
+    gain = lines[2]["explained_variance"] - lines[0]["explained_variance"]
+    assert "| control, rank 0.6 | 2 |" in table
+    assert table.endswith(f" | {gain:+.3f} |")
+    start = lines[0]["explained_variance"]
+    worse = [{**line, "seed": 1, "explained_variance": start - 0.006 * (line["arm"] == "active-.25")} for line in lines]
+    assert f"| active subspace, .25 D | 2 | -0.006 | {(gain - 0.006) / 2:+.3f} | {gain:+.3f} | 1 |" in report.gains_table([*lines, *worse])
     layer = [{**line, "source": "demo", "hook_point": "x", "cost": 0.1} for line in lines]
-    arms = report.arms_table([*layer, {**layer[0], "seed": 1, "dead": layer[0]["dead"] + 0.02}], {"x"})
+    longer = {**layer[0], "tokens": 4096}
+    arms = report.arms_table([*layer, {**layer[0], "seed": 1, "dead": layer[0]["dead"] + 0.02}, longer], {"x"})
     assert f"| tied random | 2 | {100 * lines[0]['dead_start']:.1f} ± 0.0 % | {100 * lines[0]['dead'] + 1:.1f} ± 1.0 % |" in arms
+    assert arms.count("**demo model, x**") == 2
+    assert "4,096 tokens" in arms.split("**demo model, x**")[2]
+
+
+def test_the_figure_is_drawn_of_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
-    hooks = {
-        f"blocks.{block}.{kind}": {"effective_rank": 0.5, "variance_99": 0.6, "width": 8, "tokens": 9} for block in (0, 1) for kind in report.KINDS
-    }
-    report.draw({"demo": hooks, "minilm": hooks}, layer, {"x"}, tmp_path / "figure.png")
+    import figure
+    from report import KINDS
+
+    line = {"hook_point": "x", "k": 4, "seed": 0, "tokens": 9, "dead": 0.1, "effective_rank": 0.5, "explained_variance": 0.8}
+    results = [
+        {**line, "source": source, "arm": arm, "expansion": width, "d_sae": 8 * width, "explained_variance": variance}
+        for source in ("demo", "synthetic")
+        for width in (2, 4)
+        for arm, variance in (("random", 0.8), ("active-auto", 0.82), ("aligned", 0.5))
+    ]
+    hooks = {f"blocks.{block}.{kind}": {"effective_rank": 0.5, "variance_99": 0.6, "width": 8, "tokens": 9} for block in (0, 1) for kind in KINDS}
+    figure.draw(
+        {"demo": hooks, "minilm": hooks},
+        [{**line, "hook_point": "y"} if line["source"] == "synthetic" else line for line in results],
+        {"x"},
+        tmp_path / "figure.png",
+    )
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -3,10 +3,11 @@
     pip install -r benchmarks/active_subspace/requirements.txt
     python benchmarks/active_subspace/run.py                          # everything; what results.jsonl has already is not done again
     python benchmarks/active_subspace/run.py --device cuda --large    # longer and wider
+    python benchmarks/active_subspace/run.py --sources demo --no-depth --widths 16 --tokens 1048576 --arms random,active-auto,active-.25    # longer
 
 1. `dimensions.json`: both measures of dimensionality at attention output, MLP output and residual stream of every block of the demo model and of MiniLM.
 2. `results.jsonl`, one line for each dictionary: a TopK SAE for each arm (arms.py), width, seed and source of activations (sources.py, and
-   lowrank.py, where the effective rank is chosen); "random" and "active-auto" also at every hook point of the demo model.
+   lowrank.py, where the effective rank is chosen); tied random and both active subspaces also at every hook point of the demo model.
 3. `tables.md` and `active_subspace.png` from these files (report.py).
 
 Activations are captured once and kept in the folder `--cache`. Every arm of a seed sees the same tokens in the same order, and has the same centring.
@@ -37,7 +38,7 @@ from lm_saes.inspection.inspect import inspect_batches
 
 HERE = Path(__file__).parent
 RANKS = (0.3, 0.6, 0.9)
-DOSE_ARMS = ("random", "active-auto")
+DOSE_ARMS = ("random", "active-auto", "active-.25")
 INITIALISED_FROM = 16_384
 """Tokens, at least; as many as there are latents where those are more."""
 
@@ -183,6 +184,7 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sources", default="demo,minilm,synthetic", help="of demo, minilm, synthetic")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--widths", help="latents over D, as 16,64, instead of those of each source")
     parser.add_argument("--tokens", type=int, default=262_144, help="training tokens of each dictionary")
     parser.add_argument("--heldout", type=int, default=24_576, help="tokens for explained variance; dead latents are judged on the first 20 F / k")
     parser.add_argument("--spliced", type=int, default=8_192, help="tokens for the cost of the reconstruction")
@@ -200,10 +202,13 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in (*options.sources, *options.arms) if name not in {*SOURCES, "synthetic", *ARMS}]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
-    options.widths = {"demo": (16, 64), "minilm": (8, 32), "synthetic": (16, 64)}
+    widths = {"demo": (16, 64), "minilm": (8, 32), "synthetic": (16, 64)}
+    if options.widths:
+        widths = dict.fromkeys(widths, tuple(int(width) for width in options.widths.split(",")))
     if options.large:
-        options.widths = dict.fromkeys(options.widths, (64, 256))
+        widths = dict.fromkeys(widths, (64, 256))
         options.tokens, options.batch, options.heldout = 50_000_000, 8192, 131_072
+    options.widths = widths
     return options
 
 
