@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lm_saes import SAEConfig, SparseAutoEncoder, TrainSAESettings
+from lm_saes.config import ActivationFactoryActivationsSource
 from lm_saes.errors import ConfigError
 from lm_saes.estimate import KNOBS, Estimate, duration, estimate, refuse_what_cannot_fit, size
+from lm_saes.memory import LIBRARIES, device_of, phases
 from lm_saes.runners import train_sae
+from lm_saes.training.checkpoint import remove_old
 from tests.lm.tiny_models import save_tiny
 
 HOOK = "blocks.0.hook_resid_post"
@@ -93,10 +97,39 @@ def test_a_run_that_may_fit_is_not_refused():
         refuse_what_cannot_fit(replace(doubtful, memory={"shuffle buffer": 116}))
 
 
+@pytest.mark.parametrize(("planned", "kept"), [(1, 3), (4, 3), (8, 2), (5, 9)])
+def test_the_disk_is_what_a_run_has_on_it(planned, kept, settings, monkeypatch):
+    trainer = settings.trainer.replace(n_checkpoints=planned, keep_checkpoints=kept, checkpoint_minutes=None, check_point_save_mode="linear")
+    settings = settings.replace(trainer=trainer, sae=settings.sae.replace(expansion_factor=128), eval=False)
+    folder, seen = Path(trainer.exp_result_path), []
+
+    def on_disk() -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    def noticed(*arguments):
+        seen.append(on_disk())
+        remove_old(*arguments)
+
+    monkeypatch.setattr("lm_saes.training.run.remove_old", noticed)
+    train_sae(settings)
+    small = 0.2e6 + planned * 2.5e5  # settings, metrics, the states of random generators, counters of latents
+    wanted = estimate(settings, calibrate=False).disk
+    assert 0.8 * wanted < max(*seen, on_disk(), 0) < wanted + small
+    by_the_clock = settings.replace(trainer=trainer.replace(checkpoint_minutes=30.0))
+    assert estimate(by_the_clock, calibrate=False).disk >= wanted
+
+
+def test_without_a_language_model_the_device_is_that_of_the_dictionary(settings):
+    stored = settings.activation_factory.replace(sources=[ActivationFactoryActivationsSource(name="stored", path="nowhere")])
+    alone = settings.replace(model=None, datasets=None, activation_factory=stored, sae=settings.sae.replace(device="cuda:1"))
+    assert device_of(alone, None) == torch.device("cuda:1")
+    assert LIBRARIES not in phases(alone, None)["training"], "of the host"
+
+
 def test_verdicts():
     fits = Estimate(1, {"shuffle buffer": 10}, 10, "cpu", 100, 10, 5, 5)
     assert fits.verdict() == "it fits"
-    assert "n_checkpoints" in replace(fits, disk=6).verdict()
+    assert "keep_checkpoints" in replace(fits, disk=6).verdict()
     assert "buffer_size" in replace(fits, available=9).verdict()
 
 

@@ -112,26 +112,41 @@ def test_training_cuts_its_batches_and_goes_on_so(settings: TrainSAESettings, tm
     settings = changed(settings, trainer={"n_checkpoints": 2})
     halved, whole = (memory.phases(of, None)["training"][memory.STEP] for of in (cut(settings, 2), settings))
 
-    def little(_: str, model: LanguageModel | None) -> int:
-        return memory.peak([cut(settings, 2)], model) + (whole - halved) // 2
+    models: list[LanguageModel | None] = []
 
-    monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", little)
+    def noticed(settings: TrainSAESettings, model: LanguageModel | None) -> torch.device:
+        models.append(model)
+        return memory.device_of(settings, model)
+
+    monkeypatch.setattr("lm_saes.estimate_sweep.device_of", noticed)
+    monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", lambda _: memory.peak([cut(settings, 2)], models[-1]) + (whole - halved) // 2)
     stop = StopAt(2)
     with pytest.raises(KeyboardInterrupt):
         train_sae(settings, loggers=[stop])
     assert [line for line in stop.lines if "cut into 2 micro-batches" in line]
     monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", fitting.available_memory)
-    assert memory.peak([settings], None) < fitting.available_memory("cpu")
+    assert memory.peak([settings], None) < fitting.available_memory(torch.device("cpu"))
     gone_on = train_sae(settings, resume=True).state_dict()
     assert gone_on.keys() == wanted.keys()
     assert all(torch.equal(gone_on[name], wanted[name]) for name in wanted)
 
 
+def test_a_run_that_goes_on_is_refused_where_it_does_not_fit_any_more(settings: TrainSAESettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches were whole so far; others would round differently."""
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(settings, loggers=[StopAt(1)])
+    room = memory.peak([settings], None)
+    monkeypatch.setattr("lm_saes.estimate.available_memory", lambda _: int(room / 1.3))
+    monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", lambda _: int(room / 1.3))
+    with pytest.raises(ConfigError, match=r"needs about .*; set trainer.gradient_accumulation_steps = \d+$"):
+        train_sae(settings, resume=True)
+
+
 def test_what_cannot_fit_is_refused_in_one_line(settings: TrainSAESettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = changed(settings, sae={"act_fn": "batchtopk", "top_k": 32}, trainer={"sparsity_loss_type": None})
     room = memory.peak([changed(settings, activation_factory={"batch_size": 2048})], None)
-    monkeypatch.setattr("lm_saes.estimate.available_memory", lambda _device, _model: room)
-    monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", lambda _device, _model: room)
+    monkeypatch.setattr("lm_saes.estimate.available_memory", lambda _: room)
+    monkeypatch.setattr("lm_saes.estimate_sweep.available_memory", lambda _: room)
     monkeypatch.setenv("LM_SAES_OPS", "reference")
     with pytest.raises(ConfigError, match=r"needs about .*; it does not fit in memory: .*; set activation_factory.batch_size = \d+$"):
         train_sae(settings)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_saes import memory
 from lm_saes.assembly import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
-from lm_saes.config import TrainSAESettings
+from lm_saes.config import TrainerConfig, TrainSAESettings
 from lm_saes.errors import ConfigError
 from lm_saes.fitting import available_memory, cut_to_fit, remedy
 from lm_saes.models.sparse_dictionary import SparseDictionary
@@ -96,7 +96,9 @@ class Estimate:
         if self.fits:
             return "it fits"
         if self.peak <= self.available:
-            return "it does not fit on the disk: lower trainer.n_checkpoints, or set trainer.exp_result_path to another disk"
+            return (
+                "it does not fit on the disk: lower trainer.keep_checkpoints or trainer.n_checkpoints, or set trainer.exp_result_path to another disk"
+            )
         largest = max(self.memory, key=lambda name: self.memory[name])
         return f"it does not fit in memory: the largest part is the {largest} ({size(self.memory[largest])}); {self.remedy or KNOBS[largest]}"
 
@@ -110,7 +112,7 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
     settings = with_device(settings)
     model = open_model(settings)
     check_joints(settings, model)
-    (settings,), note = cut_to_fit([settings], model, available_memory(settings.device_type, model))
+    (settings,), note = cut_to_fit([settings], model, available_memory(memory.device_of(settings, model)))
     result = count_sizes(settings, model)
     result.notes += [note] if note else []
     if calibrate and result.fits:
@@ -122,14 +124,14 @@ def count_sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Esti
     """The sizes of a run, counted; its time is not measured."""
     trainer = settings.trainer
     parameters = memory.n_parameters(dictionary_config(settings))
-    phases, available = memory.phases(settings, model), available_memory(settings.device_type, model)
-    checkpoint = 3 * 4 * parameters + phases["training"].get(memory.SNAPSHOT, 0)
+    device = memory.device_of(settings, model)
+    phases, available = memory.phases(settings, model), available_memory(device)
     fits = sum(memory.largest(phases).values()) <= available
     return Estimate(
         parameters=parameters, memory=memory.largest(phases), available=available,
-        device=_device_of(settings, model), tokens=trainer.total_training_tokens,
+        device=str(device), tokens=trainer.total_training_tokens,
         steps=max(1, trainer.total_training_tokens // memory.batch_of(settings, model).tokens),
-        disk=4 * parameters + checkpoint * max(1, trainer.n_checkpoints),
+        disk=_disk_bytes(settings, model),
         disk_free=shutil.disk_usage(_existing_parent(Path(trainer.exp_result_path))).free,
         phases=phases, remedy=None if fits else remedy(settings, model, available),
     )  # fmt: skip
@@ -195,8 +197,18 @@ class TimedStream:
         return batch
 
 
-def _device_of(settings: TrainSAESettings, model: LanguageModel | None) -> str:
-    return str(model.device) if model is not None else str(settings.sae.device)
+def whole_checkpoints(trainer: TrainerConfig) -> int:
+    """Checkpoints with optimizer and stream that are on the disk at once: those that stay, and the one that is written before the oldest goes."""
+    by_the_clock = trainer.checkpoint_minutes is not None and trainer.n_checkpoints > 0  # as many as the run is long
+    return trainer.keep_checkpoints + 1 if by_the_clock else min(trainer.keep_checkpoints + 1, max(1, trainer.n_checkpoints))
+
+
+def _disk_bytes(settings: TrainSAESettings, model: LanguageModel | None) -> int:
+    """The most that a run has on the disk: whole checkpoints, the dictionaries of older ones of the plan, and the finished dictionary."""
+    trainer, whole = settings.trainer, whole_checkpoints(settings.trainer)
+    dictionary = memory.weights_bytes(dictionary_config(settings))
+    dictionaries = 1 + max(0, trainer.n_checkpoints - trainer.keep_checkpoints)
+    return whole * (3 * dictionary + memory.stream_state_bytes(settings, model)) + dictionaries * dictionary
 
 
 def _existing_parent(path: Path) -> Path:

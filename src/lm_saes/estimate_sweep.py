@@ -13,10 +13,10 @@ from pathlib import Path
 
 from lm_saes.assembly import check_joints, first_batches, open_model, open_stream, start_dictionary, with_device
 from lm_saes.config import SweepSAESettings, TrainSAESettings
-from lm_saes.estimate import CALIBRATION_SECONDS, KNOBS, Estimate, TimedStream, count_sizes, refuse_what_cannot_fit
+from lm_saes.estimate import CALIBRATION_SECONDS, KNOBS, Estimate, TimedStream, count_sizes, refuse_what_cannot_fit, whole_checkpoints
 from lm_saes.fitting import available_memory, cut_to_fit
 from lm_saes.lm.language_model import LanguageModel
-from lm_saes.memory import DICTIONARY, ONE_FOR_EACH, SNAPSHOT, largest, phases_together
+from lm_saes.memory import DICTIONARY, ONE_FOR_EACH, device_of, largest, phases_together, stream_state_bytes
 from lm_saes.training.loop import train
 from lm_saes.training.run import Run
 
@@ -49,7 +49,7 @@ def estimate_sweep(settings: SweepSAESettings, calibrate: bool = True) -> tuple[
     model = open_model(members[0])
     for member in members:
         check_joints(member, model)
-    members, note = cut_to_fit(members, model, available_memory(members[0].device_type, model))
+    members, note = cut_to_fit(members, model, available_memory(device_of(members[0], model)))
     each = [count_sizes(member, model) for member in members]
     result = together(members, each, model)
     result.notes += [note] if note else []
@@ -66,7 +66,8 @@ def fitted(members: Sequence[TrainSAESettings], model: LanguageModel | None) -> 
     """
     if not members:
         return [], None
-    placed, note = cut_to_fit([with_device(member) for member in members], model, available_memory(members[0].device_type, model))
+    placed = [with_device(member) for member in members]
+    placed, note = cut_to_fit(placed, model, available_memory(device_of(placed[0], model)))
     each = [count_sizes(member, model) for member in placed]
     refuse_what_cannot_fit(each[0] if len(each) == 1 else together(placed, each, model))
     return placed, note
@@ -75,7 +76,7 @@ def fitted(members: Sequence[TrainSAESettings], model: LanguageModel | None) -> 
 def together(members: Sequence[TrainSAESettings], each: Sequence[Estimate], model: LanguageModel | None) -> SweepEstimate:
     """The sizes of runs that are trained together. The stream's state is on the disk once for each checkpoint."""
     phases = phases_together(members, model)
-    shared = sum(member.trainer.n_checkpoints * one.phases["training"].get(SNAPSHOT, 0) for member, one in list(zip(members, each, strict=True))[1:])
+    shared = sum(whole_checkpoints(member.trainer) * stream_state_bytes(member, model) for member in members[1:])
     return SweepEstimate(
         parameters=sum(one.parameters for one in each),
         memory=largest(phases),

@@ -61,16 +61,15 @@ def remedy(settings: TrainSAESettings, model: LanguageModel | None, available: i
     return None
 
 
-def available_memory(device: str, model: LanguageModel | None = None) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that a run could have on the device: what is free (says the driver on CUDA, the system elsewhere) and what this process has."""
-    kind = model.device if model is not None else torch.device("cpu" if device == "auto" else device)
-    if kind.type == "cuda":
-        return int(torch.cuda.mem_get_info(kind)[0]) + torch.cuda.memory_reserved(kind)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return min(int(line.split()[1]) * 1024, _left_to_container()) + resident_memory()
-    except OSError:
+    except OSError:  # only Linux says what is free; all there is, then
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

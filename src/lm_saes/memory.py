@@ -28,6 +28,7 @@ from lm_saes.activations.prefetch import automatic_depth
 from lm_saes.assembly import dictionary_config
 from lm_saes.config import ActivationFactoryTarget, InitializerConfig, SAEConfig, TrainerConfig, TrainSAESettings
 from lm_saes.models.statistics import MEDIAN_MAX_TOKENS
+from lm_saes.ops.native.products import Integers, rows_in_room
 from lm_saes.ops.sparse import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def batch_of(settings: TrainSAESettings, model: LanguageModel | None) -> Batch:
     return Batch(factory.batch_size * context, sum(widths) * dtype.itemsize + 9)
 
 
+def weights_bytes(cfg: SAEConfig) -> int:
+    """Bytes of the weights of a dictionary."""
+    return n_parameters(cfg) * _width(cfg)
+
+
 def n_parameters(cfg: SAEConfig) -> int:
     """Numbers in the weights of a dictionary."""
     d, f, encoders = cfg.d_model, cfg.d_sae, 2 if cfg.use_glu_encoder else 1
@@ -101,21 +107,32 @@ def n_parameters(cfg: SAEConfig) -> int:
     return (d * f + f) * encoders + f * d + optional
 
 
+def stream_state_bytes(settings: TrainSAESettings, model: LanguageModel | None) -> int:
+    """The state of a run's stream: where the entries of the shuffle buffer come from, and the batches that were read ahead."""
+    batch = batch_of(settings, model)
+    return 8 * _entries(settings, batch) + _ahead(settings, device_of(settings, model)) * batch.bytes
+
+
+def device_of(settings: TrainSAESettings, model: LanguageModel | None) -> torch.device:
+    """Where a run whose device is resolved (`assembly.with_device`) has its language model and its dictionary."""
+    return model.device if model is not None else torch.device(settings.sae.device)
+
+
 def phases(settings: TrainSAESettings, model: LanguageModel | None) -> dict[str, Parts]:
     """What is in memory in each phase of a run, in bytes, on the device of the language model and the dictionary."""
-    factory, trainer, cfg, batch = settings.activation_factory, settings.trainer, dictionary_config(settings), batch_of(settings, model)
-    device = model.device if model is not None else torch.device("cpu" if settings.device_type == "auto" else settings.device_type)
-    weights = n_parameters(cfg) * _width(cfg)
+    trainer, cfg, batch = settings.trainer, dictionary_config(settings), batch_of(settings, model)
+    device = device_of(settings, model)
+    weights = weights_bytes(cfg)
     stays: Parts = {BUFFER: _buffer_bytes(settings, batch)}
     if model is not None:
         stays[LANGUAGE_MODEL] = _weights_of(model)
     if device.type != "cuda":
         stays[LIBRARIES] = max(0, resident_memory() - stays.get(LANGUAGE_MODEL, 0)) + _AT_WORK
-    ahead = automatic_depth(device) if factory.prefetch is None else factory.prefetch
+    ahead = _ahead(settings, device)
     forward = _forward_bytes(settings, model) if model is not None else batch.bytes
     trained = {**stays, DICTIONARY: 4 * weights}  # weights, gradients, and Adam's two moments
     if trainer.n_checkpoints and device.type != "cuda":  # a thread writes copies of weights and moments; those of CUDA are on the host
-        trained |= {CHECKPOINT: 3 * weights, SNAPSHOT: _snapshot_bytes(settings, batch) + ahead * batch.bytes}
+        trained |= {CHECKPOINT: 3 * weights, SNAPSHOT: stream_state_bytes(settings, model)}
     training = {**trained, STEP: step_bytes(cfg, trainer, batch, device) + (ahead + 1) * batch.bytes}
     reading = {**trained, FORWARD: forward + batch.bytes}
     at_work = {"training": {**training, FORWARD: forward}} if ahead else {"training": training, "reading": reading}
@@ -168,10 +185,11 @@ def step_bytes(cfg: SAEConfig, trainer: TrainerConfig, batch: Batch, device: tor
 
 def _encoding_bytes(cfg: SAEConfig, rows: int, how: str) -> int:
     """What the product with the encoder takes: the block of rows that is made, the one before it, for torch's selection its gate values, for
-    BatchTopK one more, since it goes through the rows twice. Screened: the weights transposed; weights and block in bfloat16."""
-    block = min(rows, ROWS_AT_ONCE) * cfg.d_sae
+    BatchTopK one more, since it goes through the rows twice. Screened: the weights transposed, and in 16 bits of one form or another; the bounds
+    of a block in 16 bits."""
     if how == "screened" and not cfg.use_glu_encoder:
-        return cfg.d_model * cfg.d_sae * (4 + 2) + 2 * block
+        return cfg.d_model * cfg.d_sae * (4 + 2) + 2 * min(rows, rows_in_room(Integers.rows_at_once, cfg.d_sae)) * cfg.d_sae
+    block = min(rows, ROWS_AT_ONCE) * cfg.d_sae
     blocks = 2 + (how == "sparse") + (cfg.act_fn == "batchtopk") + (3 if cfg.use_glu_encoder else 0)  # gated: both factors, twice, and their product
     return blocks * block * _width(cfg)
 
@@ -189,7 +207,7 @@ def _initialisation(settings: TrainSAESettings, batch: Batch, stays: Parts, forw
     else:
         codes = int(_DENSE_AT_START[cfg.act_fn] * some * cfg.d_sae * _width(cfg))
     measured = (tokens * hooks + min(tokens, MEDIAN_MAX_TOKENS) * hooks) * vector + batch.bytes + 4 * some * cfg.d_model * 8 + codes
-    weights = n_parameters(cfg) * _width(cfg)
+    weights = weights_bytes(cfg)
     return {"initialisation": {**stays, DICTIONARY: weights, INITIALISATION: max(forward, measured)}}
 
 
@@ -198,9 +216,10 @@ def _buffer_bytes(settings: TrainSAESettings, batch: Batch) -> int:
     return int(min(bytes_of_all, settings.activation_factory.max_buffer_bytes or math.inf))
 
 
-def _snapshot_bytes(settings: TrainSAESettings, batch: Batch) -> int:
-    """The state of the shuffle buffer: where its entries come from."""
-    return 8 * _entries(settings, batch)
+def _ahead(settings: TrainSAESettings, device: torch.device) -> int:
+    """Batches that are read ahead."""
+    prefetch = settings.activation_factory.prefetch
+    return automatic_depth(device) if prefetch is None else prefetch
 
 
 def _entries(settings: TrainSAESettings, batch: Batch) -> int:

@@ -23,7 +23,7 @@ from lm_saes.assembly import (
     start_dictionary,
     with_device,
 )
-from lm_saes.config import EvalConfig, EvaluateSAESettings, PretrainedSAE, StreamSettings, TrainerConfig, TrainSAESettings
+from lm_saes.config import EvalConfig, EvaluateSAESettings, PretrainedSAE, StreamSettings, TrainSAESettings
 from lm_saes.errors import NonFiniteError
 from lm_saes.estimate_sweep import fitted
 from lm_saes.evaluation.evaluator import Evaluator, Metrics
@@ -31,7 +31,7 @@ from lm_saes.evaluation.pca import PCABaseline
 from lm_saes.lm.language_model import LanguageModel
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.records import check_finished, check_same, provenance, settings_of_run, settings_record
-from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, newest_checkpoint, read_checkpoint
+from lm_saes.training.checkpoint import Checkpoint, find_checkpoint, load_weights, newest_checkpoint, read_checkpoint, read_state
 from lm_saes.training.loggers import TensorBoardLogger, TrackioLogger, WandbLogger
 from lm_saes.training.loop import train
 from lm_saes.training.resume import NO_CHECKPOINT, check_allowed, discard_newer, newest_moment
@@ -136,7 +136,7 @@ def _train(
     model = open_model(with_device(members[0]))
     for settings in members:
         check_joints(settings, model)
-    fitting, cut = fitted(list(going.values()), model)
+    fitting, cut = fitted([_as_begun(settings, checkpoints[index]) for index, settings in going.items()], model)
     trainers = {index: settings.trainer for index, settings in zip(going, fitting, strict=True)}
     report(members[0], "model", model)
     stream = open_stream(with_device(members[0]), model, members[0].data_seed)
@@ -157,7 +157,7 @@ def _train(
         sae.provenance = provenance(members[index], model)
         _write(_folder(settings) / "settings.json", table)
         eval_fn = _evaluation_during_training(settings, model) if settings.eval else None
-        trainer = trainers[index] if checkpoint is None else _as_begun(settings.trainer, checkpoint)
+        trainer = trainers[index] if checkpoint is None or trainers[index].gradient_accumulation_steps > 1 else settings.trainer
         said = [*notes[index], *found[index], *([cut] if cut and trainer != settings.trainer else [])]
         runs[index] = Run(sae, trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, notes=said, eval_fn=eval_fn)
     del start
@@ -251,12 +251,12 @@ def _dictionary(
     return sae, None
 
 
-def _as_begun(trainer: TrainerConfig, checkpoint: Checkpoint) -> TrainerConfig:
-    """With the micro-batches that the run has had so far, unless they are set: however much memory there is today, others would round differently."""
-    cut = checkpoint.state["trainer"].get("gradient_accumulation_steps")
-    if cut is None or "gradient_accumulation_steps" in trainer.model_fields_set:
-        return trainer
-    return trainer.replace(gradient_accumulation_steps=cut)
+def _as_begun(settings: TrainSAESettings, checkpoint: Path | None) -> TrainSAESettings:
+    """With the micro-batches that a run has had so far, unless they are set: however much memory there is today, others would round differently."""
+    if checkpoint is None or "gradient_accumulation_steps" in settings.trainer.model_fields_set:
+        return settings
+    so_far = read_state(checkpoint)["trainer"].get("gradient_accumulation_steps", 1)
+    return settings.replace(trainer=settings.trainer.replace(gradient_accumulation_steps=so_far))
 
 
 def _save(sae: SparseDictionary, settings: TrainSAESettings) -> None:

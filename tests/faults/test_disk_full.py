@@ -177,7 +177,7 @@ def test_a_disk_that_fills_while_checkpoints_are_written(
     disk.leave(int(size * checkpoints_that_fit) + 128 * 1024)
     line = lm_saes("train", path).line
     assert line.startswith(f"cannot write checkpoint {run / 'checkpoints'}/step_"), line
-    assert "the disk is full; free some space, or lower n_checkpoints" in line
+    assert "the disk is full; free some space, or lower keep_checkpoints" in line
     assert len(checkpoints(run)) == int(checkpoints_that_fit)
     assert not [left for left in (run / "checkpoints").iterdir() if left.name.startswith(".")]
     disk.make_room()

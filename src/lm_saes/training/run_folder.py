@@ -151,7 +151,7 @@ def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
             remove(temporary)
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
-        reason = "the disk is full; free some space, or lower n_checkpoints" if full else " ".join(str(error).split())
+        reason = "the disk is full; free some space, or lower keep_checkpoints" if full else " ".join(str(error).split())
         raise RunFolderError(f"cannot write {what}: {reason}") from None
 
 
