@@ -7,6 +7,7 @@ import torch
 
 from lm_saes.ops import native, reference, torch_kernels
 from lm_saes.ops.native import build, library
+from lm_saes.ops.native.products import Latents
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.screened import ScreenedOps
 from lm_saes.ops.sparse import SparseOps
@@ -144,26 +145,39 @@ def test_other_weights_in_the_same_memory(rounding):
         screened.update(W[:, :5].contiguous(), b[:5])
 
 
+@pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 31, 64, 97, 768])
-def test_the_error_of_a_product_is_within_its_bound(width, outliers, rounding):
-    x, W = torch.randn(101, width), torch.randn(width, 70)
+def test_bounds_hold_and_are_close(width, outliers, with_norm, rounding):
+    n_latents, k = 70, 5 if with_norm else 2
+    x, W, b = torch.randn(101, width), torch.randn(width, n_latents), torch.randn(n_latents)
     if outliers:
         x[:, width // 2] *= 300
         W[width // 3] *= 40
-    product, transposed, centre = rounding(width, 70), torch.empty(70, width), x.mean(0)
+    norm = torch.rand(n_latents) * 2 if with_norm else None
+    centre, product, transposed = x.mean(0), rounding(width, n_latents), torch.empty(n_latents, width)
     product.update(W, transposed)
-    (piece,) = product.of(x, centre)
+    latents = Latents(centre, float(centre.norm()), centre @ W + b, norm)
+    (piece,) = product.bounds(x, latents, k)
     assert torch.equal(transposed, W.t())
-    y, w = (x - centre).double(), W.double()
-    exact, norms = y @ w, y.norm(dim=1)
-    errors, found = piece.errors.double(), piece.product.double()
-    slack = found.abs() / 250 + 3e-7 * (width + 40) * norms[:, None] * w.norm(dim=0)
-    assert ((found - exact).abs() <= errors[:, None] * product.norms + norms[:, None] * product.errors + slack).all()
-    torch.testing.assert_close(piece.norms.double(), norms, rtol=1e-5, atol=0)
+    h = exact_product(x, W, b)
+    gate, scale = (h, 1.0) if norm is None else (h * norm, norm)
+    bound = (piece.keys[:, :n_latents].to(torch.int32) << 16).view(torch.float32)
+    assert (bound >= gate).all()
+    y, w = (x - centre).double().norm(dim=1)[:, None], W.double().norm(dim=0)
+    torch.testing.assert_close(piece.norms.double(), y.flatten(), rtol=1e-5, atol=0)
+    twice = 2.05 * (piece.errors.double()[:, None] * w + y * product.errors)  # by Cauchy and Schwarz, above and below
+    halves = (bound / scale + h.abs() + latents.centred.abs()) / 60  # rounded to 8 bits: products, if they are, and keys
+    assert (bound / scale - h <= twice + halves + 2e-6 * (width + 40) * (y + centre.norm() + 1) * (w + 1))[gate > 0].all()
     if width > 60:  # rotated, nothing stands out
-        assert (errors / norms).median() < 0.03
-        assert (product.errors / w.norm(dim=0)).max() < 0.03
+        assert (piece.errors / piece.norms).median() < 0.03
+        assert (product.errors / w).max() < 0.03
+    panels = piece.keys.view(len(x), -1, 32)
+    assert not panels.flatten(1)[:, n_latents:].any()  # there are no more latents
+    sets = piece.maxima.view(len(x), -1, 32)
+    each = -(-panels.shape[1] // sets.shape[1])
+    for i, group in enumerate(panels.split(each, dim=1)):
+        assert torch.equal(group.amax(1), sets[:, i])
 
 
 @pytest.mark.parametrize("integers", [False, True])

@@ -14,8 +14,7 @@ selection only where gate values lie within a few ulp.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm_saes.ops import reference
+from lm_saes.ops import reference, torch_kernels
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.sparse_codes import ByLatent, Codes, Pattern, SparseCodes, at_least_float32
 
@@ -208,26 +207,11 @@ def _blocks(x: Tensor, encoder: Encoder) -> Iterator[_Block]:
         rows = x[start : start + ROWS_AT_ONCE]
         n = len(rows)
         with torch.autocast(x.device.type, enabled=False):
-            h, factors = _affine(rows, W, b, buffers[0][:n]), ()
+            h, factors = torch_kernels.affine(rows, W, b, buffers[0][:n]), ()
             if W_glu is not None and b_glu is not None:
-                factors = h, _affine(rows, W_glu, b_glu, buffers[1][:n]).sigmoid_()
+                factors = h, torch_kernels.affine(rows, W_glu, b_glu, buffers[1][:n]).sigmoid_()
                 h = torch.mul(*factors, out=buffers[2][:n])
         yield _Block(h, gate_norm, factors)
-
-
-def _affine(x: Float[Tensor, "n D"], W: Float[Tensor, "D F"], b: Float[Tensor, " F"], out: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
-    """x W + b, perhaps in `out`. In float32 on x86 by oneDNN, which takes three quarters of the time of torch's usual product on AMD."""
-    if (linear := _onednn_linear()) and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in (x, W, b)):
-        return linear(x, W.t(), b, "none", [], "")
-    return torch.addmm(b, x, W, out=out)
-
-
-@functools.cache
-def _onednn_linear() -> Callable[..., Tensor] | None:
-    """torch's operator, not a public one, for oneDNN's product; None where there is none."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _sampled(x: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:

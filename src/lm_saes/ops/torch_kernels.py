@@ -7,6 +7,9 @@ decoding, over the entries of each latent (after a sort) for the gradients of we
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -18,6 +21,13 @@ from lm_saes.ops.sparse_codes import ByLatent, Pattern, at_least_float32
 def applies(*tensors: Tensor | None) -> bool:  # noqa: ARG001
     """They take everything."""
     return True
+
+
+def affine(x: Float[Tensor, "n D"], W: Float[Tensor, "D F"], b: Float[Tensor, " F"], out: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    """x W + b, perhaps in `out`. In float32 on x86 by oneDNN, which takes three quarters of the time of torch's usual product on AMD."""
+    if (linear := _onednn_linear()) and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in (x, W, b)):
+        return linear(x, W.t(), b, "none", [], "")
+    return torch.addmm(b, x, W, out=out)
 
 
 def topk(h: Float[Tensor, "n F"], gate_norm: Float[Tensor, " F"] | None, k: int) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
@@ -86,3 +96,11 @@ def _gate(h: Float[Tensor, "n F"], gate_norm: Float[Tensor, " F"] | None) -> Flo
 def _bags(indices: Tensor, offsets: Tensor, weights: Tensor, matrix: Float[Tensor, "R D"]) -> Float[Tensor, "bags D"]:
     """For each bag of entries the sum of the matrix rows that they name, each times its weight."""
     return embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+@functools.cache
+def _onednn_linear() -> Callable[..., Tensor] | None:
+    """torch's operator, not a public one, for oneDNN's product; None where there is none."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)

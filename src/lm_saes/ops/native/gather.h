@@ -48,8 +48,7 @@ inline void weighted_sum(const Entries& entries, const float* matrix, const floa
 }
 
 // dots[e] = left . right[rows[e]]. A product does not depend on which others are made with it.
-template <class Index>
-inline void dots_with_rows(const float* left, const float* right, const Index* rows, int64_t n, int64_t width, float* dots) {
+inline void dots_with_rows(const float* left, const float* right, const int64_t* rows, int64_t n, int64_t width, float* dots) {
     int64_t e = 0;
     for (; e + 4 <= n; e += 4) {
         const float *four[4], *coming[4];

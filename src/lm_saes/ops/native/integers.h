@@ -7,7 +7,7 @@
 // signs that differ from pass to pass and keep regular vectors from adding up.
 //
 // What rounding takes away is rounded to 8 bits again, at a scale of its own. Both halves of a vector stand together in a record, for the few
-// scalar products that have to be known better than the matrix product gives them (products.h).
+// scalar products that have to be known better than the matrix product gives them (pairs.h).
 #pragma once
 
 #include <cstdlib>
@@ -16,10 +16,9 @@
 
 namespace {
 
-constexpr int64_t BYTES = 4;      // integers in a word
-constexpr int64_t TILE_ROWS = 12;     // tokens and ...
-constexpr int64_t TILE_LATENTS = 32;  // ... latents of a tile of the product
-constexpr int64_t ZERO = 128;  // weights are kept as unsigned bytes, from here
+constexpr int64_t BYTES = 4;       // integers in a word
+constexpr int64_t TILE_ROWS = 12;  // tokens of a tile of the product; its latents are a panel
+constexpr int64_t ZERO = 128;      // weights are kept as unsigned bytes, from here
 
 // What a record begins with; then come the integers, and those of the rest.
 struct Header {
@@ -111,7 +110,8 @@ inline Rounded to_integers(Floats* vectors, int64_t width, int32_t zero, const W
 template <class Word>
 inline Rounded to_records(Floats* vectors, int64_t n, int64_t width, int32_t zero, uint8_t* records, const Word& word) {
     const int64_t size = record_size(width), half = half_size(width);
-    for (int64_t l = 0; l < n; l++) memset(records + l * size + HEADER, 0, static_cast<size_t>(2 * half));
+    const int64_t used = words(width) * BYTES;
+    for (int64_t l = 0; l < 2 * n; l++) memset(records + l / 2 * size + HEADER + l % 2 * half + used, 0, static_cast<size_t>(half - used));
     const auto write = [=](uint8_t* halves, int64_t w, Ints bytes) {
         for (int64_t l = 0; l < n; l++) {
             const int32_t four = bytes[l];

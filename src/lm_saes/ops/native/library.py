@@ -36,16 +36,18 @@ _SIGNATURES = {
     "screen_rows": [_pointer] * 2 + [_int64] * 2 + [_pointer] * 3 + [_int],
     "integer_weights": [_pointer] + [_int64] * 2 + [_pointer] * 6 + [_int],
     "integer_rows": [_pointer] * 2 + [_int64] * 2 + [_pointer] * 6 + [_int],
-    "integer_product": [_pointer] * 5 + [_int64] * 3 + [_pointer] + [_int],
-    "screened_topk": [_pointer] * 12 + [_float] + [_int64] * 5 + [_pointer] * 3 + [_int],
-    "screened_count": [_pointer] * 8 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] + [_int],
-    "screened_above": [_pointer] * 12 + [_float, _pointer, _float] + [_int64] * 3 + [_pointer] * 6 + [_int],
+    "integer_product": [_pointer] * 11 + [_float] + [_int64] * 4 + [_pointer] * 2 + [_int],
+    "screen_bounds": [_pointer] * 7 + [_float] + [_int64] * 4 + [_pointer] * 2 + [_int],
+    "groups": [_int64] * 2,
+    "screened_topk": [_pointer] * 13 + [_float] + [_int64] * 5 + [_pointer] * 3 + [_int],
+    "screened_count": [_pointer] * 2 + [_int64] * 2 + [_pointer] + [_int],
+    "screened_above": [_pointer] * 12 + [_float] + [_pointer] * 2 + [_float] + [_int64] * 3 + [_pointer] * 6 + [_int],
     "close_gaps": [_pointer] * 2 + [_int64] + [_pointer] * 3 + [_int],
     "use_runtime": [_pointer],
     "all_below": [_pointer, _int64, _int64],
     "ascend": [_pointer, _int64, _int64],
 }
-_RETURNS = {"all_below": _int, "ascend": _int}
+_RETURNS = {"groups": _int64, "all_below": _int, "ascend": _int}
 
 
 class Unavailable(Exception):

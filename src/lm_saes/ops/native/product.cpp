@@ -1,16 +1,15 @@
 // The product of screening in 8-bit integers: four multiplications where float32 has one, and sums without rounding.
 //
-// Tokens and latents are rotated and rounded row by row (integers.h), each with a scale of its own; the product of their integers, times both
-// scales, is written in bfloat16, so that what reads it (screen.h) need not know which product it was.
+// Tokens and latents are rotated and rounded row by row (integers.h), each with a scale of its own. The product of their integers, times both
+// scales, is never written: the bounds it gives (screen.h) are.
 
 #include "integers.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int64_t VECTORS = TILE_LATENTS / LANES;
-constexpr int64_t TOO_LARGE = 1 << 23;           // floats that no cache keeps until they are read
-constexpr int64_t WORDS = TILE_LATENTS;  // of one step of a panel: four components of each latent
+constexpr int64_t TOO_LARGE = 1 << 23;  // floats that no cache keeps until they are read
+constexpr int64_t WORDS = PANEL;        // of one step of a panel: four components of each latent
 
 // sums[lane] += the four products of the bytes of weights[lane], unsigned, with those of x, signed.
 inline void add_dots(Ints& sums, Ints weights, int32_t x) {
@@ -21,10 +20,11 @@ inline void add_dots(Ints& sums, Ints weights, int32_t x) {
 #endif
 }
 
-// A dozen tokens by 32 latents. `x` has for each step the words of the tokens, `weights` those of the latents.
-void tile(
+// A dozen tokens by 32 latents. `x` has for each step the words of the tokens, `weights` those of the latents; then found(r, products), r < n_rows.
+template <class Found>
+inline void tile(
     const int32_t* x, const int32_t* weights, int64_t steps, const int32_t* totals, const float* row_scales, const float* scales, int64_t n_rows,
-    int64_t n_latents, int64_t stride, uint16_t* product) {
+    const Found& found) {
     Ints sums[TILE_ROWS][VECTORS];
     for (int r = 0; r < TILE_ROWS; r++) {
         for (int v = 0; v < VECTORS; v++) sums[r][v] = Ints{} - static_cast<int32_t>(ZERO) * totals[r];
@@ -39,14 +39,7 @@ void tile(
         }
     }
     for (int64_t r = 0; r < n_rows; r++) {
-        for (int v = 0; v < VECTORS; v++) {
-            const int64_t first = v * LANES, n = n_latents - first;
-            if (n <= 0) break;
-            const Floats numbers = __builtin_convertvector(sums[r][v], Floats) * (row_scales[r] * load(scales + first));
-            uint16_t halves[LANES];
-            store_bfloat16(halves, to_bfloat16(numbers));
-            memcpy(product + r * stride + first, halves, sizeof(uint16_t) * static_cast<size_t>(n < LANES ? n : LANES));
-        }
+        found(r, [&](int64_t v) { return __builtin_convertvector(sums[r][v], Floats) * (row_scales[r] * load(scales + v * LANES)); });
     }
 }
 
@@ -63,11 +56,11 @@ void lm_saes_integer_weights(
     const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, uint8_t* records, float* scales, float* norms,
     float* errors, int threads) {
     const bool past_caches = width * n_latents > TOO_LARGE;
-    for_pieces(tiles(n_latents, TILE_LATENTS), 1, threads, [=](int64_t begin, int64_t end) {
+    for_pieces(tiles(n_latents, PANEL), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t panel = begin; panel < end; panel++) {
             for (int64_t v = 0; v < VECTORS; v++) {
-                const int64_t first = panel * TILE_LATENTS + v * LANES, left = n_latents - first, n = left < LANES ? (left > 0 ? left : 0) : LANES;
+                const int64_t first = panel * PANEL + v * LANES, left = n_latents - first, n = left < LANES ? (left > 0 ? left : 0) : LANES;
                 for (int64_t d = 0; d < width; d++) {
                     const float* const from = W + d * n_latents + first;
                     if (d + 8 < width && n) __builtin_prefetch(from + 8 * n_latents);
@@ -134,20 +127,30 @@ void lm_saes_integer_rows(
     });
 }
 
-// The product [n, F] in bfloat16 of what the two functions above made.
+// The product of what the two functions above made, as keys [n, whole panels] and maxima [n, groups] for `k` entries.
 void lm_saes_integer_product(
-    const int32_t* rounded_rows, const float* row_scales, const int32_t* totals, const int32_t* panels, const float* scales, int64_t n_rows,
-    int64_t width, int64_t n_latents, uint16_t* product, int threads) {
-    const int64_t steps = words(width);
-    for_pieces(tiles(n_latents, TILE_LATENTS), 4, threads, [=](int64_t begin, int64_t end) {
+    const int32_t* rounded_rows, const float* row_scales, const int32_t* totals, const float* row_norms, const float* row_errors,
+    const int32_t* panels, const float* scales, const float* norms, const float* errors, const float* centred, const float* gate_norm, float centre,
+    int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int16_t* keys, int16_t* maxima, int threads) {
+    const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
+    const int64_t steps = words(width), per_group = panels_per_group(n_latents, k), stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    for_pieces(n_panels(n_latents), per_group, threads, [=, &screen](int64_t begin, int64_t end) {
+        Factors* const factors = static_cast<Factors*>(malloc(sizeof(Factors) * static_cast<size_t>(n_rows)));
+        for (int64_t i = 0; i < n_rows; i++) factors[i] = factors_of(screen, row_norms[i], row_errors[i]);
         for (int64_t panel = begin; panel < end; panel++) {
-            const int64_t first = panel * TILE_LATENTS;
+            const Panel latents(screen, panel);
+            const bool first = panel % per_group == 0;
             for (int64_t top = 0; top < n_rows; top += TILE_ROWS) {
                 tile(
-                    rounded_rows + top * steps, panels + panel * steps * WORDS, steps, totals + top, row_scales + top, scales + first,
-                    n_rows - top < TILE_ROWS ? n_rows - top : TILE_ROWS, n_latents - first, n_latents, product + top * n_latents + first);
+                    rounded_rows + top * steps, panels + panel * steps * WORDS, steps, totals + top, row_scales + top, scales + panel * PANEL,
+                    n_rows - top < TILE_ROWS ? n_rows - top : TILE_ROWS, [&](int64_t r, const auto& products) {
+                        const int64_t i = top + r;
+                        latents.bound(
+                            products, factors[i], NO_ROUNDING, first, keys + i * stride + panel * PANEL, maxima + i * n_groups + panel / per_group * PANEL);
+                    });
             }
         }
+        free(factors);
     });
 }
 }

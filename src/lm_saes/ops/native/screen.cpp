@@ -1,16 +1,15 @@
-// Screening: a product in bfloat16 says which entries could be selected (screen.h), and those are computed in float32, one by one.
+// Screening: bounds from a product in low precision say which entries could be selected (screen.h), and those are computed in float32, one by one.
 //
 // Where a bound is not finite the entry is a candidate; a row with too many candidates is left to the caller. So the entries selected
 // are those that float32 selects, with the values that it gives, whatever the numbers are.
 
-#include "products.h"
+#include "pairs.h"
 #include "threads.h"
 
 namespace {
 
 constexpr int64_t LATENTS = 64;  // that a thread rounds and transposes at a time: whole lines of W, and a block that stays in cache
-
-constexpr int64_t BLOCK = 240;  // rows that a thread takes at a time, at most: they stay in its cache while what they want is computed
+constexpr int64_t BLOCK = 960;  // rows that a thread takes at a time, at most: weights come from memory once for all of them
 
 // So many that each thread has something to do.
 inline int64_t rows_at_a_time(int64_t n_rows, int threads) {
@@ -18,100 +17,94 @@ inline int64_t rows_at_a_time(int64_t n_rows, int threads) {
     return share < ROWS ? ROWS : share < BLOCK ? share : BLOCK;
 }
 
-// The candidates of a row, by ascending latent, and what is known of those of a block of rows.
+// The entries of a block of rows that are looked at, and the candidates of one.
 struct Scratch {
-    explicit Scratch(const Screen& screen) {
-        const size_t room = static_cast<size_t>(screen.n_latents + LANES);
-        memory = static_cast<int32_t*>(malloc(4 * sizeof(int32_t) * room));
+    explicit Scratch(int64_t n_latents) {
+        const size_t room = static_cast<size_t>(n_latents + LANES);
+        memory = static_cast<int32_t*>(malloc(3 * sizeof(int32_t) * room));
         found = {memory, memory + room, reinterpret_cast<float*>(memory + 2 * room), 0};
-        bounds = reinterpret_cast<float*>(memory + 3 * room);
     }
     ~Scratch() { free(memory); }
     Scratch(const Scratch&) = delete;
 
     int32_t* memory;
     Candidates found;
-    float* bounds;  // the largest gate value that a candidate may have
-
-    Pairs likely, unlikely, close, others;
-    int64_t likely_end[BLOCK], unlikely_end[BLOCK], others_end[BLOCK], looked_at[BLOCK];
+    Pairs likely, close, others;
+    int64_t likely_end[BLOCK], others_end[BLOCK], looked_at[BLOCK];
+    int16_t bound[BLOCK];
     float least[BLOCK];
 };
 
-// Candidates of one row by ascending latent, with their bounds, and in place of keys those of the approximate gate values.
-// Returns how many there are, which may be more than `most` that it keeps.
-int64_t find_candidates(const Row& row, int64_t k, int64_t most, Scratch& scratch) {
-    const int64_t F = row.screen.n_latents;
-    const auto lower = [&](auto tail, int64_t j) {
-        constexpr bool TAIL = decltype(tail)::value;
-        return row.gate<TAIL>(row.h<-1, TAIL>(j), j);
-    };
-    const int64_t groups = group_maxima(F, GROUPS_PER_ENTRY * k, lower, scratch.found.keys);
-    const int32_t reached = kth_largest(scratch.found.keys, groups, k, k / 16);
-    const Floats least = float_of(reached > 0 ? reached : 1) - Floats{};
-    int64_t n = 0;
-    const auto possible = [&](auto tail, int64_t j) {
-        constexpr bool TAIL = decltype(tail)::value;
-        return ~(row.gate<TAIL>(row.h<1, TAIL>(j), j) < least);
-    };
-    scan(F, possible, [&](int64_t j) {
-        if (n < most) {
-            scratch.found.latents[n] = static_cast<int32_t>(j);
-            scratch.found.keys[n] = key_of(row.gate(row.h<0>(j), j));
-            scratch.bounds[n] = row.gate(row.h<1>(j), j);
-        }
-        n++;
-    });
-    return n;
+inline Shorts shorts(int16_t number) { return number - Shorts{}; }
+
+// The largest key that at least k of the n maxima reach (n a multiple of PANEL), or 1.
+inline int16_t kth_largest(const int16_t* maxima, int64_t n, int64_t k) {
+    int32_t low = 1, high = INT16_MAX + 1;
+    while (high - low > 1) {
+        const int32_t middle = low + (high - low) / 2;
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i += 2 * LANES) count += __builtin_popcountll(bits(load(maxima + i) >= shorts(static_cast<int16_t>(middle))));
+        (count < k ? high : low) = middle;
+    }
+    return static_cast<int16_t>(low);
+}
+
+// The k-th largest of n keys; 0 if there are fewer. There is room for a vector more.
+inline int32_t kth_largest(int32_t* keys, int64_t n, int64_t k) {
+    if (n < k) return 0;
+    for (int64_t i = n; i < padded(n); i++) keys[i] = 0;
+    const int32_t bound = kth_largest(keys, padded(n), k, 0);
+    int32_t least = INT32_MAX;
+    for (int64_t i = 0; i < n; i++) least = keys[i] >= bound && keys[i] < least ? keys[i] : least;
+    return least;
 }
 
 // The k largest of some rows; how many entries of each were computed one by one, or -1 if there were more candidates than `most`.
 //
-// First come the products that are largest as far as one knows. The least of their gate values is a bound that few of the others may reach, and
-// these follow.
+// First come those of the largest bounds, k and a few. The k-th largest of their values is a bound that few of the others may reach, and these
+// follow.
 void topk_rows(
-    const Screen& screen, const Rows& rows, const uint16_t* product, const float* x, int64_t n_rows, int64_t k, int64_t most, Scratch& scratch,
-    float* values, int64_t* indices, int64_t* products) {
-    auto& [memory, found, bounds, likely, unlikely, close, others, likely_end, unlikely_end, others_end, looked_at, least] = scratch;
-    likely.clear(), unlikely.clear(), close.clear(), others.clear();
+    const Screen& screen, const Weights& weights, const Rows& rows, const int16_t* keys, const int16_t* maxima, const float* x, int64_t n_rows, int64_t k,
+    int64_t most, Scratch& scratch, float* values, int64_t* indices, int64_t* products) {
+    auto& [memory, found, likely, close, others, likely_end, others_end, looked_at, bounds, least] = scratch;
+    const int64_t F = screen.n_latents, stride = n_panels(F) * PANEL, n_groups = groups(F, k);
+    likely.clear(), close.clear(), others.clear();
     for (int64_t i = 0; i < n_rows; i++) {
-        const int64_t n = find_candidates(Row(screen, product + i * screen.n_latents, rows.norms[i], rows.errors[i]), k, most, scratch);
-        products[i] = n > most ? -1 : 0;
-        if (n <= most) {
-            for (int64_t c = n; c < padded(n); c++) found.keys[c] = 0;
-            const int32_t bound = n > k ? kth_largest(found.keys, padded(n), k, 0) : 0;
-            for (int64_t c = 0; c < n; c++) {
-                (found.keys[c] >= bound ? likely : unlikely).add({static_cast<int32_t>(i), found.latents[c], bounds[c]});
-            }
-        }
+        const Shorts bound = shorts(bounds[i] = kth_largest(maxima + i * n_groups, n_groups, k));
+        int64_t n = 0;
+        const auto take = [&](int64_t j) {
+            if (n++ < most) likely.add({static_cast<int32_t>(i), static_cast<int32_t>(j), 0});
+        };
+        scan_keys(keys + i * stride, F, [=](int64_t) { return bound; }, take);
+        products[i] = n;
         likely_end[i] = likely.size();
-        unlikely_end[i] = unlikely.size();
     }
-    compute(screen, x, likely);
-    for (int64_t i = 0, l = 0, u = 0; i < n_rows; i++) {
-        least[i] = u < unlikely_end[i] ? __builtin_inff() : 0;
-        for (; l < likely_end[i]; l++) {
-            const float q = screen.gate(likely[l].h, likely[l].latent);
-            least[i] = q > 0 ? (q < least[i] ? q : least[i]) : 0;
-        }
-        const int64_t before = close.size();
-        for (; u < unlikely_end[i]; u++) {
-            if (!(unlikely[u].h < least[i])) close.add(unlikely[u]);
-        }
+    compute(screen, weights, x, likely);
+    for (int64_t i = 0, l = 0; i < n_rows; i++) {
+        found.n = 0;
+        for (; l < likely_end[i]; l++) found.keys[found.n++] = key_of(screen.gate(likely[l].h, likely[l].latent));
+        const int32_t reached = kth_largest(found.keys, found.n, k);
+        least[i] = float_of(reached);
+        const int64_t before = close.size(), room = most - products[i];
+        const int16_t bound = bounds[i], key = static_cast<int16_t>(reached >> 16), lowest = key > 0 ? key : 1;
+        int64_t n = 0;
+        const auto take = [&](int64_t j) {
+            if (keys[i * stride + j] < bound && n++ < room) close.add({static_cast<int32_t>(i), static_cast<int32_t>(j), 0});
+        };
+        if (lowest < bound && room >= 0) scan_keys(keys + i * stride, F, [=](int64_t) { return shorts(lowest); }, take);
         looked_at[i] = close.size() - before;
+        products[i] = n > room ? -1 : products[i] + n;
     }
-    if (rows.records) bound(screen, rows, close);
+    if (rows.records) bound(screen, weights, rows, close);
     for (int64_t i = 0, c = 0; i < n_rows; i++) {
         for (const int64_t end = c + looked_at[i]; c < end; c++) {
             if (!rows.records || !(screen.gate(close[c].h, close[c].latent) < least[i])) others.add(close[c]);
         }
         others_end[i] = others.size();
     }
-    compute(screen, x, others);
+    compute(screen, weights, x, others);
     for (int64_t i = 0, l = 0, o = 0; i < n_rows; i++) {
         const int64_t l_end = likely_end[i], o_end = others_end[i];
-        if (products[i] < 0) continue;
-        products[i] = l_end - l + looked_at[i];
         found.n = 0;
         while (l < l_end || o < o_end) {
             const bool from_likely = o == o_end || (l < l_end && likely[l].latent < others[o].latent);
@@ -122,20 +115,8 @@ void topk_rows(
             found.latents[found.n] = pair.latent;
             found.n += key > 0;
         }
-        take_largest(found, k, values + i * k, indices + i * k);
+        if (products[i] >= 0) take_largest(found, k, values + i * k, indices + i * k);
     }
-}
-
-// What `above` looks for: q > floor and h > 0, with one floor or one for each latent. Calls found(j) for all that may be.
-template <class Found>
-void find_possible(const Row& row, const float* floors, float floor, const Found& found) {
-    const int64_t F = row.screen.n_latents;
-    const auto possible = [&](auto tail, int64_t j) {
-        constexpr bool TAIL = decltype(tail)::value;
-        const Floats h = row.h<1, TAIL>(j);
-        return ~((row.gate<TAIL>(h, j) <= (floors ? read<TAIL>(floors, j, F) : floor - Floats{})) | (h <= Floats{}));
-    };
-    scan(F, possible, found);
 }
 
 }  // namespace
@@ -207,46 +188,71 @@ void lm_saes_screen_rows(
     });
 }
 
-// The k largest of each row as `lm_saes_topk` gives them, and how many entries of each row were computed one by one; -1: the row is left undone.
-void lm_saes_screened_topk(
-    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const uint16_t* product, const float* transposed,
-    const uint8_t* records, const float* norms, const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre,
-    int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices, int64_t* products, int threads) {
-    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, records, centre, width, n_latents};
-    const Rows rows{row_norms, row_errors, row_records};
-    for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
-        Scratch scratch(screen);
-        for (int64_t i = begin; i < end; i += BLOCK) {
-            const int64_t n = end - i < BLOCK ? end - i : BLOCK;
-            topk_rows(
-                screen, rows.from(i, width), product + i * n_latents, x + i * width, n, k, most, scratch, values + i * k, indices + i * k,
-                products + i);
+// What a product [n, F] in bfloat16 says: keys [n, whole panels] and maxima [n, groups] for `k` entries.
+void lm_saes_screen_bounds(
+    const uint16_t* product, const float* row_norms, const float* row_errors, const float* norms, const float* errors, const float* centred,
+    const float* gate_norm, float centre, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int16_t* keys, int16_t* maxima, int threads) {
+    const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
+    const int64_t per_group = panels_per_group(n_latents, k), stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
+        for (int64_t panel = 0; panel < n_panels(n_latents); panel++) {
+            const Panel latents(screen, panel);
+            const int64_t left = n_latents - panel * PANEL;
+            for (int64_t i = begin; i < end; i++) {
+                const uint16_t* const from = product + i * n_latents + panel * PANEL;
+                uint16_t last[PANEL] = {};
+                if (left < PANEL) memcpy(last, from, sizeof(uint16_t) * static_cast<size_t>(left));
+                latents.bound(
+                    [=, &last](int64_t v) { return load_bfloat16((left < PANEL ? last : from) + v * LANES); }, factors_of(screen, row_norms[i], row_errors[i]),
+                    BFLOAT16_ROUNDING, panel % per_group == 0, keys + i * stride + panel * PANEL, maxima + i * n_groups + panel / per_group * PANEL);
+            }
         }
     });
 }
 
-// How many entries of each row may be above the floor.
-void lm_saes_screened_count(
-    const float* row_norms, const float* row_errors, const uint16_t* product, const float* norms, const float* errors, const float* bias,
-    const float* centred, const float* gate_norm, float centre, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents,
-    int64_t* counts, int threads) {
-    const Screen screen{nullptr, norms, errors, bias, centred, gate_norm, nullptr, centre, width, n_latents};
-    for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
+// How many maxima of a row `k` entries take.
+int64_t lm_saes_groups(int64_t n_latents, int64_t k) { return groups(n_latents, k); }
+
+// The k largest of each row as `lm_saes_topk` gives them, and how many entries of each row were computed one by one; -1: the row is left undone.
+void lm_saes_screened_topk(
+    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const int16_t* keys, const int16_t* maxima,
+    const float* transposed, const uint8_t* records, const float* bias, const float* norms, const float* errors, const float* centred,
+    const float* gate_norm, float centre, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int64_t most, float* values, int64_t* indices,
+    int64_t* products, int threads) {
+    const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
+    const Weights weights{transposed, bias, records};
+    const Rows rows{row_norms, row_errors, row_records};
+    const int64_t stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
+        Scratch scratch(n_latents);
+        for (int64_t i = begin; i < end; i += BLOCK) {
+            topk_rows(
+                screen, weights, rows.from(i, width), keys + i * stride, maxima + i * n_groups, x + i * width, end - i < BLOCK ? end - i : BLOCK, k, most,
+                scratch, values + i * k, indices + i * k, products + i);
+        }
+    });
+}
+
+// How many entries of each row reach the keys of the floors [whole panels].
+void lm_saes_screened_count(const int16_t* keys, const int16_t* floors, int64_t n_rows, int64_t n_latents, int64_t* counts, int threads) {
+    for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             int64_t n = 0;
-            find_possible(Row(screen, product + i * n_latents, row_norms[i], row_errors[i]), floors, floor, [&](int64_t) { n++; });
+            scan_keys(keys + i * n_panels(n_latents) * PANEL, n_latents, [=](int64_t j) { return load(floors + j); }, [&](int64_t) { n++; });
             counts[i] = n;
         }
     });
 }
 
-// Those that are, from offsets[i] on, and how many. Rows with skip[i] are left alone.
+// Those of them with q > floor and h > 0, from offsets[i] on, and how many; `floor_keys` are those of the floors, or of the one floor. Rows with
+// skip[i] are left alone.
 void lm_saes_screened_above(
-    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const uint16_t* product, const float* transposed,
-    const uint8_t* records, const float* norms, const float* errors, const float* bias, const float* centred, const float* gate_norm, float centre,
-    const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip, const int64_t* offsets, int64_t* counts,
-    int64_t* indices, float* values, float* gates, int threads) {
-    const Screen screen{transposed, norms, errors, bias, centred, gate_norm, records, centre, width, n_latents};
+    const float* x, const float* row_norms, const float* row_errors, const uint8_t* row_records, const int16_t* keys, const float* transposed,
+    const uint8_t* records, const float* bias, const float* norms, const float* errors, const float* centred, const float* gate_norm, float centre,
+    const int16_t* floor_keys, const float* floors, float floor, int64_t n_rows, int64_t width, int64_t n_latents, const uint8_t* skip,
+    const int64_t* offsets, int64_t* counts, int64_t* indices, float* values, float* gates, int threads) {
+    const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
+    const Weights weights{transposed, bias, records};
     const Rows rows{row_norms, row_errors, row_records};
     for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
         Pairs possible, chosen;
@@ -255,19 +261,20 @@ void lm_saes_screened_above(
             possible.clear(), chosen.clear();
             for (int64_t i = top; i < stop; i++) {
                 if (skip[i]) continue;
-                const Row row(screen, product + i * n_latents, row_norms[i], row_errors[i]);
-                find_possible(row, floors, floor, [&](int64_t j) { possible.add({static_cast<int32_t>(i - top), static_cast<int32_t>(j), 0}); });
+                scan_keys(keys + i * n_panels(n_latents) * PANEL, n_latents, [=](int64_t j) { return load(floor_keys + j); }, [&](int64_t j) {
+                    possible.add({static_cast<int32_t>(i - top), static_cast<int32_t>(j), 0});
+                });
             }
             const auto floor_of = [&](const Pair& pair) { return floors ? floors[pair.latent] : floor; };
             if (row_records) {
-                bound(screen, rows.from(top, width), possible);
+                bound(screen, weights, rows.from(top, width), possible);
                 for (int64_t c = 0; c < possible.size(); c++) {
                     const Pair& pair = possible[c];
                     if (!(pair.h <= 0 || screen.gate(pair.h, pair.latent) <= floor_of(pair))) chosen.add(pair);
                 }
             }
             const Pairs& wanted = row_records ? chosen : possible;
-            compute(screen, x + top * width, wanted);
+            compute(screen, weights, x + top * width, wanted);
             for (int64_t i = top, c = 0; i < stop; i++) {
                 if (skip[i]) continue;
                 int64_t at = offsets[i];

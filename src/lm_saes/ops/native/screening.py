@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_saes.ops.native.calls import check, run
 from lm_saes.ops.native.kernels import above, topk
-from lm_saes.ops.native.products import Product, Rounding
+from lm_saes.ops.native.products import Bounds, Latents, Rounding, floor_keys
 
 CANDIDATES = 8
 """A row with more than F / 8 candidates gets a product of its own: computing so many of them one by one takes as long."""
@@ -40,15 +40,6 @@ class Entries(NamedTuple):
     gate: Float[Tensor, " m"]
     products: Int64[Tensor, " N"]
     """How many entries of each row were computed one by one; -1: the whole row was, in float32, since there were too many candidates."""
-
-
-class _Centre(NamedTuple):
-    """The m that is taken away from x before it is rounded (screen.h). Any would do; the mean makes rows shortest."""
-
-    mean: Float[Tensor, " D"]
-    norm: float
-    product: Float[Tensor, " F"]
-    """m W + b."""
 
 
 class ScreenedEncoder:
@@ -75,7 +66,7 @@ class ScreenedEncoder:
         check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
         self.W, self.b, self.gate_norm = (W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach())
         self._rounding.update(self.W, self._transposed)
-        self._centre: _Centre | None = None
+        self._latents: Latents | None = None
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
@@ -86,10 +77,10 @@ class ScreenedEncoder:
         products = torch.zeros(n_rows, dtype=torch.int64)
         if not values.numel():
             return Selection(values, indices, products)
-        centre = self._centre_of(x)
+        latents = self._latents_for(x)
         most = min(n_latents, max(self._most, 2 * k))
-        for piece in self._rounding.of(x, centre.mean):
-            rows, arguments = piece.rows, (*piece[1:], *self._latents(centre), len(piece.product), width, n_latents, k, most)
+        for piece in self._rounding.bounds(x, latents, k):
+            rows, arguments = piece.rows, (*piece[1:], *self._about(latents), len(piece.keys), width, n_latents, k, most)
             run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
         left = (products < 0).nonzero().flatten()
         if len(left):
@@ -100,16 +91,16 @@ class ScreenedEncoder:
         """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent."""
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
-        centre = self._centre_of(x)
-        pieces = [self._above(x[piece.rows], piece, centre, floors, least) for piece in self._rounding.of(x, centre.mean)]
+        latents = self._latents_for(x)
+        keys = floor_keys(self.b.new_full(self.b.shape, least) if floors is None else floors)
+        pieces = [self._above(x[piece.rows], piece, latents, keys, floors, least) for piece in self._rounding.bounds(x, latents, 0)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
-    def _above(self, x: Tensor, piece: Product, centre: _Centre, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    def _above(self, x: Tensor, piece: Bounds, latents: Latents, keys: Tensor, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
         n_rows, (width, n_latents) = len(x), self.W.shape
         possible = x.new_empty(n_rows, dtype=torch.int64)
-        rows, latents = piece[1:], self._latents(centre)
-        run("screened_count", piece.norms, piece.errors, piece.product, *latents[2:], floors, least, n_rows, width, n_latents, possible)
+        run("screened_count", piece.keys, keys, n_rows, n_latents, possible)
         left = possible > self._most
         room, where, exact = possible, left.nonzero().flatten(), None
         if len(where):
@@ -119,7 +110,8 @@ class ScreenedEncoder:
         offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
         entries = (x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries))
         counts = room.clone()
-        run("screened_above", x, *rows, *latents, floors, least, n_rows, width, n_latents, left, offsets, counts, *entries)
+        about = (*piece[1:5], *self._about(latents), keys, floors, least)
+        run("screened_above", x, *about, n_rows, width, n_latents, left, offsets, counts, *entries)
         if exact is not None:
             shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
             at = torch.arange(len(exact[1])) + shift.repeat_interleave(exact[0])
@@ -129,17 +121,18 @@ class ScreenedEncoder:
         n_entries = int(counts.sum())
         return (counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries))
 
-    def _centre_of(self, x: Float[Tensor, "N D"]) -> _Centre:
-        """The mean of the first rows that were asked for; it takes a pass over the weights."""
+    def _latents_for(self, x: Float[Tensor, "N D"]) -> Latents:
+        """Around the mean of the first rows that were asked for; it takes a pass over the weights."""
         check(x=(x, (len(x), len(self.W))))
-        if self._centre is None:
+        if self._latents is None:
             mean = x.mean(0)
             if not mean.isfinite().all():  # of no rows, or some rows are not finite
                 mean = torch.zeros_like(mean)
-            self._centre = _Centre(mean, float(mean.double().norm()), torch.mv(self.W.t(), mean) + self.b)
-        return self._centre
+            self._latents = Latents(mean, float(mean.double().norm()), torch.mv(self.W.t(), mean) + self.b, self.gate_norm)
+        return self._latents
 
-    def _latents(self, centre: _Centre) -> tuple[Tensor | float | None, ...]:
-        """What the kernels are told about the latents."""
+    def _about(self, latents: Latents) -> tuple[Tensor | float | None, ...]:
+        """What the kernels are told about the weights."""
         rounding = self._rounding
-        return (self._transposed, rounding.records, rounding.norms, rounding.errors, self.b, centre.product, self.gate_norm, centre.norm)
+        of_bounds = (rounding.norms, rounding.errors, latents.centred, latents.gate_norm, latents.centre_norm)
+        return (self._transposed, rounding.records, self.b, *of_bounds)

@@ -70,8 +70,8 @@ inline int64_t group_maxima(int64_t length, int64_t wanted, const Values& q, int
     return written;
 }
 
-// A bound that at least k of the n keys reach (n a multiple of LANES, k <= n), and no more than k + slack where keys differ: the k-th largest if
-// slack is 0. By bisection: a few dozen counts, and no branch that depends on single keys.
+// A bound that at least k of the n keys reach (n a multiple of LANES, k <= n), and no more than k + slack where keys differ: between the k-th and the
+// next if slack is 0. By bisection: a few dozen counts, and no branch that depends on single keys.
 inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t slack) {
     int32_t low = 0, high = INT32_MAX;  // at least k keys reach `low`, fewer reach `high`
     while (high - low > 1) {

@@ -28,11 +28,14 @@ constexpr int64_t LINE = 16;  // floats in a cache line
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));  // twice as many lanes
 typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t UnalignedInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int16_t UnalignedShorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const UnalignedInts*>(from); }
+inline Shorts load(const int16_t* from) { return *reinterpret_cast<const UnalignedShorts*>(from); }
 inline Floats load_bfloat16(const uint16_t* from) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
@@ -46,6 +49,7 @@ inline Floats load_bfloat16(const uint16_t* from) {
 }
 inline void store(float* to, Floats vector) { *reinterpret_cast<UnalignedFloats*>(to) = vector; }
 inline void store(int32_t* to, Ints vector) { *reinterpret_cast<UnalignedInts*>(to) = vector; }
+inline void store(int16_t* to, Shorts vector) { *reinterpret_cast<UnalignedShorts*>(to) = vector; }
 
 // The last vector of a row whose length is not a multiple of LANES: `count` < LANES numbers, then `rest`.
 inline Floats load_tail(const float* from, int64_t count, float rest = 0.0f) {
@@ -86,6 +90,18 @@ inline uint64_t bits(Ints comparison) {
 #else
     uint64_t word = 0;
     for (int i = 0; i < LANES; i++) word |= static_cast<uint64_t>(comparison[i] & 1) << i;
+    return word;
+#endif
+}
+
+inline uint64_t bits(Shorts comparison) {
+#if defined(__AVX512F__)
+    return _mm512_movepi16_mask(reinterpret_cast<__m512i>(comparison));
+#elif defined(__AVX2__)
+    return _pext_u32(static_cast<uint32_t>(_mm256_movemask_epi8(reinterpret_cast<__m256i>(comparison))), 0x55555555);
+#else
+    uint64_t word = 0;
+    for (int i = 0; i < 2 * LANES; i++) word |= static_cast<uint64_t>(comparison[i] & 1) << i;
     return word;
 #endif
 }

@@ -57,12 +57,19 @@ inline void prefetch(const void* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
+// The weights by latent: W^T [F, D], b [F], and the records [F] of integers.h, null if the products were not of integers.
+struct Weights {
+    const float* transposed;
+    const float* bias;
+    const uint8_t* records;
+};
+
 // In float32; `x` is the first row.
-inline void compute(const Screen& screen, const float* x, const Pairs& pairs) {
+inline void compute(const Screen& screen, const Weights& weights, const float* x, const Pairs& pairs) {
     const int64_t D = screen.width;
     by_latent(pairs, screen.n_latents, [&](int32_t latent, const int32_t* which, int64_t count, int32_t next) {
-        if (next >= 0) prefetch(screen.transposed + next * D, D * 4);
-        const float* const w = screen.transposed + latent * D;
+        if (next >= 0) prefetch(weights.transposed + next * D, D * 4);
+        const float* const w = weights.transposed + latent * D;
         const auto row = [&](int64_t i) { return x + pairs[which[i < count ? i : count - 1]].row * D; };
         int64_t i = 0;
         for (; i + 4 <= count; i += 4) {
@@ -70,9 +77,9 @@ inline void compute(const Screen& screen, const float* x, const Pairs& pairs) {
             const float* const coming[4] = {row(i + 4), row(i + 5), row(i + 6), row(i + 7)};
             float dots[4];
             four_dots(w, rows, coming, D, dots);
-            for (int l = 0; l < 4; l++) pairs[which[i + l]].h = dots[l] + screen.bias[latent];
+            for (int l = 0; l < 4; l++) pairs[which[i + l]].h = dots[l] + weights.bias[latent];
         }
-        for (; i < count; i++) pairs[which[i]].h = dot(w, row(i), D) + screen.bias[latent];
+        for (; i < count; i++) pairs[which[i]].h = dot(w, row(i), D) + weights.bias[latent];
     });
 }
 
@@ -87,12 +94,12 @@ struct Rows {
 
 // The largest that float32 may give. With y = y~ + r + e and w = w~ + v + f, both halves and what is in neither, y.w is y~.w~ + y~.v + r.w~ but
 // for r.v + e.w + (y~ + r).f; the rest of the bound is as in screen.h.
-inline void bound(const Screen& screen, const Rows& rows, const Pairs& pairs) {
+inline void bound(const Screen& screen, const Weights& weights, const Rows& rows, const Pairs& pairs) {
     const int64_t D = screen.width, size = record_size(D), half = half_size(D);
     const float g = static_cast<float>(rounding_share(D)), more = (1 + g) * (1 + g);
     by_latent(pairs, screen.n_latents, [&](int32_t latent, const int32_t* which, int64_t count, int32_t next) {
-        if (next >= 0) prefetch(screen.records + next * size, size);
-        const uint8_t* const record = screen.records + latent * size;
+        if (next >= 0) prefetch(weights.records + next * size, size);
+        const uint8_t* const record = weights.records + latent * size;
         Header w;
         memcpy(&w, record, sizeof w);
         const float w_error = screen.errors[latent] + w.rest_error, w_norm = screen.norms[latent] + screen.errors[latent], c = screen.centred[latent];
