@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,6 +74,15 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(own.untyped_storage().data_ptr())
         found[name] = own
     return found
+
+
+def fingerprint(table: Mapping[str, Any]) -> str:
+    """XXH3 of the tensors in a table, in the order of their names."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(table):
+        if isinstance(table[name], Tensor):
+            digest.update(table[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_torch(path: Path, error: type[LmSaesError], mmap: bool = False) -> Any:

@@ -89,6 +89,31 @@ def test_weights_of_another_normalisation_are_found_out(folder, tmp_path):
     refused(folder, "holds weights of norm_activation 'inference', its config.json says 'dataset-wise'")
 
 
+def test_a_bit_that_has_flipped_is_found_and_files_without_a_checksum_are_read(folder):
+    path = folder / "sae_weights.safetensors"
+    content = path.read_bytes()
+    for place in (-1, -100):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        assert isinstance(refused(folder, "is damaged: its tensors are not what was written; copy or download it anew"), WeightsError)
+    path.write_bytes(content)
+    tensors = load_file(path)
+    for metadata in (None, {"norm_activation": "inference"}, {"lm_saes": "no JSON"}, {"lm_saes": "[]"}, {"lm_saes": '{"xxh3": []}'}):
+        save_file(tensors, path, metadata=metadata)
+        if metadata != {"lm_saes": '{"xxh3": []}'}:
+            SparseDictionary.from_pretrained(folder)
+    refused(folder, "not what was written")
+    save_file(tensors, path, metadata={"norm_activation": "dataset-wise"})
+    refused(folder, "holds weights of norm_activation 'dataset-wise'")
+
+
+def test_the_same_weights_give_the_same_bytes(folder, tmp_path):
+    SparseDictionary.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for name in ("sae_weights.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_tensors_decide_the_data_type(folder, tmp_path, dtype):
     dictionary = SparseDictionary.from_pretrained(folder).to(dtype)

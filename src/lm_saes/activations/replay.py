@@ -12,7 +12,6 @@ from collections import deque
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 from lm_saes.activations.stream import State, Stream
@@ -94,12 +93,3 @@ def state_bytes(value: Any) -> int:
     if isinstance(value, list | tuple):
         return sum(state_bytes(item) for item in value)
     return len(str(value))
-
-
-def fingerprint(items: dict[str, Any]) -> str:
-    """XXH3 of the tensors of an item."""
-    digest = xxhash.xxh3_64()
-    for key in sorted(items):
-        if isinstance(items[key], Tensor):
-            digest.update(items[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -27,10 +27,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lm_saes.activations.replay import UNKNOWN, Anchor, Origins, fingerprint, split, state_bytes
+from lm_saes.activations.replay import UNKNOWN, Anchor, Origins, split, state_bytes
 from lm_saes.activations.stream import State, Stream, nested, part, stopping_point
 from lm_saes.activations.tokens import restored_meta
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.tensor_files import fingerprint
 
 log = logging.getLogger("lm_saes")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -21,15 +22,17 @@ from lm_saes.config.base import dtype_name, validated
 from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError, WeightsError
-from lm_saes.files import flush, read_json, write_whole
-from lm_saes.tensor_files import read_safetensors
+from lm_saes.files import flush, parse_json, read_json, write_whole
+from lm_saes.tensor_files import fingerprint, read_safetensors
 
 if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary
 
 WEIGHTS_FILE = "sae_weights.safetensors"
-_MODE = "norm_activation"
-"""Key in the weights file's header: the mode that the weights belong to, so that folded weights beside an unfolded config are found out."""
+_MODE, _CHECKSUM = "norm_activation", "xxh3"
+_RECORD = "lm_saes"
+"""Key in the weights file's header, of a JSON object: the mode that the weights belong to, so that folded weights beside an unfolded config are found
+out, and a checksum of the tensors. One key, since the header's order of several is not fixed and the same weights shall give the same bytes."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 DictionaryT = TypeVar("DictionaryT", bound="SparseDictionary")
@@ -165,19 +168,31 @@ def read_weights(path: Path, norm_activation: str | None = None) -> dict[str, Te
     """The tensors of a weights file, on the CPU.
 
     Raises:
-        WeightsError: no such file, not readable as safetensors, tensors that are not floating-point, or weights of another
-            normalisation than the config says.
+        WeightsError: no such file, not readable as safetensors, tensors that are not floating-point or not what was written, or weights of
+            another normalisation than the config says.
     """
     if not path.is_file():
         raise WeightsError(f"no {path.name} in {path.parent}; a saved dictionary is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     tensors, metadata = read_safetensors(path, WeightsError)
-    mode = metadata.get(_MODE)
+    record = _record(metadata)
+    if _CHECKSUM in record and record[_CHECKSUM] != fingerprint(tensors):
+        raise WeightsError(f"{path} is damaged: its tensors are not what was written; copy or download it anew")
+    mode = record.get(_MODE)
     if norm_activation is not None and mode is not None and mode != norm_activation:
         raise WeightsError(f"{path} holds weights of norm_activation '{mode}', its {CONFIG_FILE} says '{norm_activation}'; save the dictionary again")
     odd = [f"{name} ({str(tensor.dtype).removeprefix('torch.')})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     if odd:
         raise WeightsError(f"{path}: wanted float16, bfloat16, float32 or float64, got {', '.join(odd)}")
     return tensors
+
+
+def _record(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What the header says of the tensors: nothing in files of other libraries, the mode alone in those of the first weeks."""
+    try:
+        record = parse_json(metadata[_RECORD])
+    except (KeyError, ValueError):
+        record = None
+    return record if isinstance(record, dict) else metadata
 
 
 def _check(origin: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], strict: bool) -> None:
@@ -204,9 +219,9 @@ def _weight_dtype(dictionary: SparseDictionary) -> torch.dtype:
 
 
 def _write(cfg: SparseDictionaryConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    # One key only: the header's order of several is not fixed, and the same weights shall give the same bytes.
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(own, path, metadata={_MODE: cfg.norm_activation})
+    record = {_MODE: cfg.norm_activation, _CHECKSUM: fingerprint(own)}
+    save_file(own, path, metadata={_RECORD: json.dumps(record)})
     flush(path)
 
 
