@@ -65,15 +65,15 @@ def synthetic(
         benchmark = SyntheticBenchmark(cfg, out)
     results: dict[str, list[Scores]] = {name: [] for name in chosen}
     for seed in range(seeds):
+        start = time.monotonic()
+        scores = benchmark.dictionaries(chosen, seed, [_Bar(terminal, f"seed {seed}: {', '.join(chosen)}")])
         for name in chosen:
-            start = time.monotonic()
-            bar = _Bar(terminal, f"{name}, seed {seed}")
-            results[name].append(benchmark.dictionary(name, seed, [bar]))
-            terminal.print(_line(f"{name}, seed {seed}", results[name][-1], time.monotonic() - start))
-    start = time.monotonic()
+            results[name].append(scores[name])
+            terminal.print(_line(f"{name}, seed {seed}", scores[name]))
+        terminal.print(Text(f"seed {seed}: {(time.monotonic() - start) / 60:.1f} min", style="dim"))
     with terminal.status("training the probe"):
         rows = {**results, PROBE_ROW: [benchmark.probe()]}
-    terminal.print(_line(PROBE_ROW, rows[PROBE_ROW][0], time.monotonic() - start))
+    terminal.print(_line(PROBE_ROW, rows[PROBE_ROW][0]))
     terminal.print()
     terminal.print(score_table(rows))
     terminal.print(Text(f"\n{_legend(seeds)}  {out}, {(time.monotonic() - began) / 60:.1f} min", style="dim"))
@@ -92,9 +92,9 @@ def _legend(seeds: int) -> str:
     return "±: half the range over the seeds." if seeds > 1 else "One seed."
 
 
-def _line(name: str, scores: Scores, seconds: float) -> Text:
+def _line(name: str, scores: Scores) -> Text:
     cells = "  ".join(f"{column.title} {_mean(column, [scores])}" for column in COLUMNS if column.score in {"f1", "mcc", "explained_variance", "l0"})
-    return Text.assemble((f"{name:<22}", "bold"), cells, (f"  {seconds / 60:.1f} min", "dim"))
+    return Text.assemble((f"{name:<22}", "bold"), cells)
 
 
 def _values(column: Column, rows: Sequence[Scores]) -> list[float]:

@@ -11,9 +11,9 @@ import pytest
 from lm_saes import cli
 from lm_saes.config.synthetic import SyntheticBenchmarkConfig, SyntheticModelConfig
 from lm_saes.errors import ConfigError, RunFolderError
+from lm_saes.evaluation.synthetic import protocol
 from lm_saes.evaluation.synthetic.generator import SyntheticStream
 from lm_saes.evaluation.synthetic.protocol import KINDS, SyntheticBenchmark
-from lm_saes.training.trainer import Trainer
 
 TINY = {
     "model": {
@@ -36,7 +36,7 @@ def test_every_kind_is_trained_and_scored_once(kind, tmp_path, monkeypatch):
     assert json.loads((folder / "scores.json").read_text()) == scores
     assert json.loads((folder / "config.json").read_text())["norm_activation"] == "inference"
     assert not (folder / "checkpoints").exists()
-    monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(protocol, "train", lambda *_: pytest.fail("trained again"))
     assert SyntheticBenchmark(tiny(), tmp_path).dictionary(kind, 0) == scores
 
 
@@ -45,6 +45,36 @@ def test_seeds_differ_and_repeat(tmp_path):
     other = SyntheticBenchmark(tiny(), tmp_path / "a").dictionary("batchtopk", 1)
     assert first == again
     assert first["explained_variance"] != other["explained_variance"]
+
+
+def test_kinds_trained_together_become_what_they_become_alone(tmp_path, monkeypatch):
+    drawn = []
+    given = SyntheticStream.__next__
+    monkeypatch.setattr(SyntheticStream, "__next__", lambda stream: drawn.append(stream.seed) or given(stream))
+    together = SyntheticBenchmark(tiny(), tmp_path / "together").dictionaries(["batchtopk", "relu"], 0)
+    assert drawn.count(0) == 8 + 8 + 24, "two starts, one training"
+    for kind, scores in together.items():
+        assert SyntheticBenchmark(tiny(), tmp_path / "alone").dictionary(kind, 0) == scores
+
+
+def test_kinds_that_stopped_at_different_steps_go_on_apart(tmp_path, monkeypatch):
+    whole = SyntheticBenchmark(tiny(), tmp_path / "whole").dictionaries(["topk", "relu"], 0)
+    given = SyntheticStream.__next__
+
+    def stops(stream: SyntheticStream) -> dict[str, Any]:
+        if stream.state_dict()["position"] == 24:
+            raise RuntimeError("the power went")
+        return given(stream)
+
+    monkeypatch.setattr(SyntheticStream, "__next__", stops)
+    benchmark = SyntheticBenchmark(tiny(), tmp_path / "halves")
+    with pytest.raises(RuntimeError, match="the power went"):
+        benchmark.dictionary("topk", 0)
+    monkeypatch.undo()
+    groups, begun = [], protocol.train
+    monkeypatch.setattr(protocol, "train", lambda runs, stream: groups.append([run.cur_step for run in runs]) or begun(runs, stream))
+    assert benchmark.dictionaries(["topk", "relu"], 0) == whole
+    assert groups == [[12], [0]]
 
 
 def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
@@ -69,7 +99,7 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SyntheticStream, "__next__", notes)
     assert SyntheticBenchmark(tiny(), tmp_path / "halves").dictionary("matryoshka", 0) == whole
-    assert first_seen[8] == 20, "the run goes on after its twelfth step"
+    assert first_seen[0] == 20, "the run goes on after its twelfth step"
 
 
 def test_the_probe_is_better_than_a_dictionary_and_kept(tmp_path):

@@ -1,13 +1,14 @@
 """The benchmark: kinds of dictionaries trained on the same samples of a synthetic model, and scored against its features.
 
 Each training is a run with a folder of its own, `<folder>/seed_<n>/<kind>`: the run's usual files, and `scores.json` when it is done.
-What is done is not done again; what was interrupted goes on from its last checkpoint.
+Kinds of one seed are trained together, on samples that are drawn once. What is done is not done again; what was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from lm_saes.evaluation.synthetic.scores import Scores, score
 from lm_saes.files import read_json_object
 from lm_saes.models.initializer import Initializer
 from lm_saes.models.sae import SparseAutoEncoder
+from lm_saes.training.checkpoint import read_checkpoint, resumable_folders
 from lm_saes.training.loggers import Logger
-from lm_saes.training.run_folder import write_json
-from lm_saes.training.trainer import Trainer
+from lm_saes.training.loop import train
+from lm_saes.training.resume import newest_moment
+from lm_saes.training.run import Run
+from lm_saes.training.run_folder import RunFolder, write_json
 
 SCORES_FILE = "scores.json"
 PROBE = "probe"
@@ -83,27 +87,33 @@ class SyntheticBenchmark:
         self._check_folder()
         self.model = SyntheticModel(cfg.model, cfg.device)
 
-    def dictionary(self, kind: str, seed: int, loggers: Sequence[Logger] = ()) -> Scores:
-        """The scores of one dictionary, trained unless that was done before.
+    def dictionaries(self, kinds: Sequence[str], seed: int, loggers: Sequence[Logger] = ()) -> dict[str, Scores]:
+        """The scores of dictionaries of several kinds. Those that are not there yet are trained on the same samples at once, which are drawn once;
+        each becomes what it would have become alone.
+
+        Args:
+            loggers: told of the first of them that are trained together, which all keep the same pace.
 
         Raises:
             ConfigError: there is no such kind.
+            NonFiniteError: one of them met NaN or infinity; the others are trained and kept.
             KeyboardInterrupt: Ctrl-C; calling again goes on.
         """
         known_kinds = KINDS | BASELINE_KINDS
-        if kind not in known_kinds:
-            raise ConfigError(f"no kind of dictionary '{kind}'{did_you_mean(kind, known_kinds)} Kinds: {', '.join(known_kinds)}")
-        folder = self.folder / f"seed_{seed}" / kind
-        if (known := _read(folder / SCORES_FILE)) is not None:
-            return known
-        sae = self._trained(known_kinds[kind], seed, folder, loggers)
-        if kind in BASELINE_KINDS:
-            sae.provenance = {"baseline": kind}
-        scores = score(sae, self._held_out(), self.model.directions)
-        sae.save_pretrained(folder, fold_activation_scale=True)
-        write_json(folder / SCORES_FILE, scores)
-        shutil.rmtree(folder / "checkpoints")
-        return scores
+        for kind in kinds:
+            if kind not in known_kinds:
+                raise ConfigError(f"no kind of dictionary '{kind}'{did_you_mean(kind, known_kinds)} Kinds: {', '.join(known_kinds)}")
+        places: dict[int, list[str]] = {}
+        for kind in kinds:
+            if not (self._folder(kind, seed) / SCORES_FILE).is_file():
+                places.setdefault(max(resumable_folders(self._folder(kind, seed)), default=0), []).append(kind)
+        for together in places.values():  # those that stopped at the same step
+            self._train(together, seed, loggers)
+        return {kind: _read(self._folder(kind, seed) / SCORES_FILE) or {} for kind in kinds}
+
+    def dictionary(self, kind: str, seed: int, loggers: Sequence[Logger] = ()) -> Scores:
+        """`dictionaries` of one kind."""
+        return self.dictionaries([kind], seed, loggers)[kind]
 
     def probe(self) -> Scores:
         """The scores of the logistic probe of the `d_sae` most frequent features, trained unless that was done before."""
@@ -138,12 +148,50 @@ class SyntheticBenchmark:
             n_checkpoints=4, check_point_save_mode="linear", seed=seed, exp_result_path=str(folder), **of_size, **kind.trainer,
         )  # fmt: skip
 
-    def _trained(self, kind: Kind, seed: int, folder: Path, loggers: Sequence[Logger]) -> SparseAutoEncoder:
+    def _folder(self, kind: str, seed: int) -> Path:
+        return self.folder / f"seed_{seed}" / kind
+
+    def _train(self, kinds: Sequence[str], seed: int, loggers: Sequence[Logger]) -> None:
+        """Train, score and keep dictionaries that start, or go on, at the same step."""
+        known_kinds = KINDS | BASELINE_KINDS
+        cfgs = [self.trainer_config(known_kinds[kind], seed, self._folder(kind, seed)) for kind in kinds]
         stream = SyntheticStream(self.model, self.cfg.batch_size, seed)
-        # A run that goes on takes its weights from the checkpoint; the scale of the activations is measured again, on the same samples.
-        sae = Initializer(RECIPE.replace(**kind.initializer)).initialize_sae_from_config(self.sae_config(kind), stream, seed=seed)
-        Trainer(self.trainer_config(kind, seed, folder), loggers=loggers, resume=True).fit(sae, stream)
-        return sae
+        with ExitStack() as owned:
+            for cfg in cfgs:
+                folder = RunFolder(cfg.exp_result_path)
+                owned.enter_context(folder.owned())
+                folder.open(resume=True)
+            saes: list[SparseAutoEncoder] = []
+            runs: list[Run] = []
+            checkpoints = newest_moment(cfgs).checkpoints or [None] * len(kinds)
+            for kind, cfg, path in zip(kinds, cfgs, checkpoints, strict=True):
+                if path is None:
+                    stream = SyntheticStream(self.model, self.cfg.batch_size, seed)  # each starts from the same samples; training follows on them
+                sae = self._start(known_kinds[kind], seed, stream, path)
+                sae.provenance = {"baseline": kind} if kind in BASELINE_KINDS else {}
+                checkpoint = None if path is None else read_checkpoint(path, with_stream=not runs)
+                saes.append(sae)
+                runs.append(Run(sae, cfg, loggers=() if runs else loggers, checkpoint=checkpoint))
+            train(runs, stream)
+            for sae, cfg, run in zip(saes, cfgs, runs, strict=True):
+                if run.error is None:
+                    self._keep(sae, Path(cfg.exp_result_path))
+        for run in runs:
+            if run.error is not None:
+                raise run.error
+
+    def _start(self, kind: Kind, seed: int, stream: SyntheticStream, checkpoint: Path | None) -> SparseAutoEncoder:
+        """A dictionary as it starts, from the first samples, or as it was in a checkpoint."""
+        if checkpoint is not None:
+            return SparseAutoEncoder.from_pretrained(checkpoint, fold_activation_scale=False, device=str(self.model.device))
+        return Initializer(RECIPE.replace(**kind.initializer)).initialize_sae_from_config(self.sae_config(kind), stream, seed=seed)
+
+    def _keep(self, sae: SparseAutoEncoder, folder: Path) -> None:
+        """Score a finished dictionary and save it with its scores."""
+        scores = score(sae, self._held_out(), self.model.directions)
+        sae.save_pretrained(folder, fold_activation_scale=True)
+        write_json(folder / SCORES_FILE, scores)
+        shutil.rmtree(folder / "checkpoints")
 
     def _held_out(self) -> SyntheticStream:
         n_batches = max(1, self.cfg.n_evaluation_samples // self.cfg.batch_size)
