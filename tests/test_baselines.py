@@ -128,6 +128,17 @@ def test_a_baseline_is_the_run_with_one_thing_changed(name, tmp_path):
     )
 
 
+def test_metrics_of_a_baseline_go_beside_those_of_its_run(tmp_path):
+    run = settings(tmp_path, wandb={"wandb_run_id": "abc", "wandb_resume": "allow"}, tensorboard={"log_dir": "events"}, trackio={"name": "mine"})
+    of_it = baseline_settings(run, "frozen-decoder")
+    assert of_it.wandb is not None
+    assert (of_it.wandb.wandb_run_id, of_it.wandb.exp_name) == ("abc-frozen-decoder", f"{run.sae_name}-frozen-decoder")
+    assert of_it.tensorboard is not None
+    assert of_it.tensorboard.log_dir == str(Path("events") / "frozen-decoder")
+    assert of_it.trackio is not None
+    assert of_it.trackio.name == "mine-frozen-decoder"
+
+
 def test_baselines_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'frozen-encoder'"):
         baseline_settings(settings(tmp_path), "frozen-encoders")

@@ -213,6 +213,7 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
         (["train", "demo", "--trainer.exp_result_path", "a.txt/x", "--dry-run"], "the run's folder a.txt/x would be in the file"),
         (["train", "demo", "--trainer.exp_result_path", "a.txt", "--dry-run"], "the run's folder a.txt is a file"),
         (["train", "demo", "--trainer.exp_result_path", "a" * 300], "name too long"),
+        (["train", "demo", "--trainer.exp_result_path", ""], "exp_result_path: String should have at least 1 character"),
         (["train", "demo", "--trainer.from_pretrained_path", "nowhere", "--dry-run"], "no whole checkpoint at nowhere"),
         (["train", "demo", "--dry-run", "--allow-change", "trainer.lr"], "give --resume with it"),
         (["train", "demo", "--dry-run", "--resume", "--allow-change", "trainer.seed"], "trainer.seed cannot change when a run goes on; what can"),

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Unused
 from lm_saes.bench_cli import bench
 from lm_saes.cache_cli import cache, generate
 from lm_saes.errors import ConfigError, LmSaesError, did_you_mean
+from lm_saes.files import disk_is_full
 from lm_saes.version import __version__
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             _fail(f"the disk is full{f' (writing {error.filename})' if error.filename else ''}; free some space and run again with --resume")
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             _fail(f"no permission to write {error.filename}; choose another folder")

@@ -18,6 +18,7 @@ from lm_saes import memory
 from lm_saes.assembly import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
 from lm_saes.config import TrainerConfig, TrainSAESettings
 from lm_saes.errors import ConfigError
+from lm_saes.files import existing_part
 from lm_saes.fitting import available_memory, cut_to_fit, remedy
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training.trainer import Trainer
@@ -132,7 +133,7 @@ def count_sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Esti
         device=str(device), tokens=trainer.total_training_tokens,
         steps=max(1, trainer.total_training_tokens // memory.batch_of(settings, model).tokens),
         disk=_disk_bytes(settings, model),
-        disk_free=shutil.disk_usage(_existing_parent(Path(trainer.exp_result_path))).free,
+        disk_free=shutil.disk_usage(existing_part(Path(trainer.exp_result_path))).free,
         phases=phases, remedy=None if fits else remedy(settings, model, available),
     )  # fmt: skip
 
@@ -209,13 +210,6 @@ def _disk_bytes(settings: TrainSAESettings, model: LanguageModel | None) -> int:
     dictionary = memory.weights_bytes(dictionary_config(settings))
     dictionaries = 1 + max(0, trainer.n_checkpoints - trainer.keep_checkpoints)
     return whole * (3 * dictionary + memory.stream_state_bytes(settings, model)) + dictionaries * dictionary
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def size(n_bytes: float) -> str:

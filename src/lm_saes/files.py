@@ -6,6 +6,7 @@ One reader for all JSON, one check for all names that stand in files. Tensors ha
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -156,6 +157,18 @@ def write_whole(path: Path, write: Callable[[Path], Any], locked: bool = True) -
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says. (The safetensors library has a type of its own for it.)"""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        words in str(error) for words in ("os error 28", "No space left")
+    )
+
+
+def existing_part(path: Path) -> Path:
+    """The path itself, or the nearest of the folders that it is in that exists."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists())
 
 
 def flush(path: Path) -> None:

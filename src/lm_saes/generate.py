@@ -25,6 +25,7 @@ from lm_saes.config.generation import GenerateActivationsSettings
 from lm_saes.devices import resolve_device
 from lm_saes.errors import CacheError
 from lm_saes.estimate import duration, size
+from lm_saes.files import existing_part
 from lm_saes.lm.language_model import LanguageModel, load_model
 
 CALIBRATION_SECONDS = 2.0
@@ -135,14 +136,7 @@ def estimate_generation(
     folder = Path(settings.output_dir)
     progress = Progress.load(folder, settings.start_shard, settings.n_shards) if folder.is_dir() else None
     disk = None if tokens is None else int(max(tokens - (progress.tokens if progress else 0), 0) * per_token)
-    return GenerationEstimate(tokens, per_token, disk, shutil.disk_usage(_existing(folder)).free, max(kept, 1) / elapsed)
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return GenerationEstimate(tokens, per_token, disk, shutil.disk_usage(existing_part(folder)).free, max(kept, 1) / elapsed)
 
 
 def _model(settings: GenerateActivationsSettings) -> LanguageModel:

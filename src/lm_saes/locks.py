@@ -20,7 +20,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from lm_saes.errors import LmSaesError, RunFolderError
-from lm_saes.files import parse_json
+from lm_saes.files import disk_is_full, parse_json
 
 LOCK_FILE = ".lock"
 
@@ -62,7 +62,12 @@ def exclusive(path: Path, what: str, *, error: type[LmSaesError] = RunFolderErro
         raise error(f"{what} is being written by {holder or 'another process'}; wait for it, stop it, or choose another folder") from None
     except OSError as fault:
         lock.release()
-        raise error(f"{what} cannot be written: {fault.strerror or fault} ({fault.filename or path}); choose another folder") from None
+        why = (
+            "the disk is full; free some space"
+            if disk_is_full(fault)
+            else f"{fault.strerror or fault} ({fault.filename or path}); choose another folder"
+        )
+        raise error(f"{what} cannot be written: {why}") from None
     try:
         yield former
     finally:

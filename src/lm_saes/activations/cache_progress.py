@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -27,7 +26,7 @@ from lm_saes.activations.cache_format import (
     write_manifest,
 )
 from lm_saes.errors import CacheError
-from lm_saes.files import UNFINISHED, parse_json, write_whole
+from lm_saes.files import UNFINISHED, disk_is_full, parse_json, write_whole
 from lm_saes.tensor_files import read_safetensors
 from lm_saes.version import __version__
 
@@ -142,13 +141,11 @@ def space_errors(folder: Path, progress: Progress | None = None) -> Iterator[Non
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _full(folder, "a write failed", progress) from None
-        raise CacheError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another folder") from None
     except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):  # the safetensors library has its own type
+        if disk_is_full(error):
             raise _full(folder, "a write failed", progress) from None
+        if isinstance(error, OSError):
+            raise CacheError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another folder") from None
         raise
 
 

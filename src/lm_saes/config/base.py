@@ -52,8 +52,8 @@ else:
 Steps = Annotated[int | float, Field(ge=0)]
 """A number of steps: an int counts steps, a float in [0, 1] is a fraction of the run."""
 
-PathString = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A path kept as text, so that configurations stay plain values; `pathlib.Path` is accepted."""
+PathString = Annotated[str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A path kept as text, so that configurations stay plain values; `pathlib.Path` is accepted. Not empty: the present folder is `.`."""
 
 
 def _is_number(annotation: Any) -> bool:

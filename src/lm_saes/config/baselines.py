@@ -69,9 +69,23 @@ def baseline_settings(settings: TrainSAESettings, name: str) -> TrainSAESettings
         before = getattr(settings, part)
         assert isinstance(before, BaseConfig)
         changed[part] = before.replace(**fields)
+    changed |= _reported_apart(settings, name)
     trainer = changed.get("trainer", settings.trainer)
     changed["trainer"] = trainer.replace(exp_result_path=str(baseline_folder(settings.trainer.exp_result_path, name)))
     return settings.replace(**changed)
+
+
+def _reported_apart(settings: TrainSAESettings, name: str) -> dict[str, BaseConfig]:
+    """Where a baseline's metrics go: beside those of its run, not among them."""
+    changed: dict[str, BaseConfig] = {}
+    if (wandb := settings.wandb) is not None:
+        run_id = wandb.wandb_run_id and f"{wandb.wandb_run_id}-{name}"
+        changed["wandb"] = wandb.replace(exp_name=f"{wandb.exp_name or settings.sae_name}-{name}", wandb_run_id=run_id)
+    if (trackio := settings.trackio) is not None:
+        changed["trackio"] = trackio.replace(name=f"{trackio.name or settings.sae_name}-{name}")
+    if (tensorboard := settings.tensorboard) is not None and tensorboard.log_dir is not None:
+        changed["tensorboard"] = tensorboard.replace(log_dir=str(Path(tensorboard.log_dir) / name))
+    return changed
 
 
 def baseline_of(settings: TrainSAESettings) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.errors import LmSaesError, RunFolderError
-from lm_saes.files import UNFINISHED, finite, read_json_object, write_whole
+from lm_saes.files import UNFINISHED, disk_is_full, existing_part, finite, read_json_object, write_whole
 from lm_saes.locks import LOCK_FILE, Owner, exclusive
 from lm_saes.models.pretrained import WEIGHTS_FILE
 
@@ -98,7 +97,7 @@ class RunFolder:
     def _must_be_a_folder(self) -> Path:
         """What there is of the path."""
         with disk_errors(str(self.path)):
-            there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            there = existing_part(self.path)
         if not there.is_dir():
             where = "is a file" if there == self.path else f"would be in the file {there}"
             raise RunFolderError(f"the run's folder {self.path} {where}; choose another exp_result_path")
@@ -149,9 +148,7 @@ def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             remove(temporary)
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
-        reason = "the disk is full; free some space, or lower keep_checkpoints" if full else " ".join(str(error).split())
+        reason = "the disk is full; free some space, or lower keep_checkpoints" if disk_is_full(error) else " ".join(str(error).split())
         raise RunFolderError(f"cannot write {what}: {reason}") from None
 
 
