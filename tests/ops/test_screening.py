@@ -7,7 +7,6 @@ import torch
 
 from lm_saes.ops import native, reference, torch_kernels
 from lm_saes.ops.native import build, library
-from lm_saes.ops.native.products import Latents
 from lm_saes.ops.reference import Encoder
 from lm_saes.ops.screened import ScreenedOps
 from lm_saes.ops.sparse import SparseOps
@@ -155,11 +154,11 @@ def test_bounds_hold_and_are_close(width, outliers, with_norm, rounding):
         x[:, width // 2] *= 300
         W[width // 3] *= 40
     norm = torch.rand(n_latents) * 2 if with_norm else None
-    centre, product, transposed = x.mean(0), rounding(width, n_latents), torch.empty(n_latents, width)
-    product.update(W, transposed)
-    latents = Latents(centre, float(centre.norm()), centre @ W + b, norm)
-    (piece,) = product.bounds(x, latents, k)
-    assert torch.equal(transposed, W.t())
+    centre, product = x.mean(0), rounding(width, n_latents)
+    product.update(W, b, norm, centre)
+    (piece,) = product.bounds(x, k)
+    assert torch.equal(product.transposed, W.t())
+    torch.testing.assert_close(product.centred, centre @ W + b, rtol=1e-4, atol=1e-4 * float(W.abs().max() * centre.norm() + 1))
     h = exact_product(x, W, b)
     gate, scale = (h, 1.0) if norm is None else (h * norm, norm)
     bound = (piece.keys[:, :n_latents].to(torch.int32) << 16).view(torch.float32)
@@ -167,7 +166,7 @@ def test_bounds_hold_and_are_close(width, outliers, with_norm, rounding):
     y, w = (x - centre).double().norm(dim=1)[:, None], W.double().norm(dim=0)
     torch.testing.assert_close(piece.norms.double(), y.flatten(), rtol=1e-5, atol=0)
     twice = 2.05 * (piece.errors.double()[:, None] * w + y * product.errors)  # by Cauchy and Schwarz, above and below
-    halves = (bound / scale + h.abs() + latents.centred.abs()) / 60  # rounded to 8 bits: products, if they are, and keys
+    halves = (bound / scale + h.abs() + product.centred.abs()) / 60  # rounded to 8 bits: products, if they are, and keys
     assert (bound / scale - h <= twice + halves + 2e-6 * (width + 40) * (y + centre.norm() + 1) * (w + 1))[gate > 0].all()
     if width > 60:  # rotated, nothing stands out
         assert (piece.errors / piece.norms).median() < 0.03

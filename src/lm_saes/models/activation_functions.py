@@ -43,8 +43,8 @@ class ActivationFunction(nn.Module, ABC):
             FoldingError: a factor for each latent changes what is selected.
         """
 
-    def update_statistics(self, codes: Codes, encoder: Encoder) -> None:
-        """Learn from the codes of one training step, without gradient."""
+    def update_statistics(self, codes: Codes, encoder: Callable[[], Encoder]) -> None:
+        """Learn from the codes of one training step, without gradient. `encoder` makes the encoder of the step, norms and all, where one is wanted."""
 
     def calibrate(self, inputs: Iterable[tuple[Tensor, Tensor | None]], encoder: Encoder, k: int) -> None:
         """Set what `update_statistics` tracks from (x [N, D], mask [N] or None) pairs."""
@@ -123,8 +123,8 @@ class BatchTopK(ActivationFunction):
         return ops.threshold_codes(x, encoder, self.threshold)
 
     @torch.no_grad()
-    def update_statistics(self, codes: Codes, encoder: Encoder) -> None:
-        smallest = _smallest_gate_value(codes, encoder)
+    def update_statistics(self, codes: Codes, encoder: Callable[[], Encoder]) -> None:
+        smallest = _smallest_gate_value(codes, encoder())
         moved = torch.where(self.threshold == 0, smallest, torch.lerp(self.threshold, smallest, THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 

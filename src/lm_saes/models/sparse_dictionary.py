@@ -181,7 +181,7 @@ class SparseDictionary(ActivationSpace):
     def update_statistics(self, forward: Forward, x: Float[Tensor, "N D"], mask: Bool[Tensor, " N"] | None = None) -> None:  # noqa: ARG002
         """Once per optimizer step: move BatchTopK's threshold by the codes of the step, and the running norms of batch-wise by those
         that `normalize_activations` noted last. (Codes outside the mask are empty, so the mask itself adds nothing.)"""
-        self.activation_function.update_statistics(forward.codes, self.encoder())
+        self.activation_function.update_statistics(forward.codes, self.encoder)
         self.update_running_norms()
 
     @torch.no_grad()

@@ -106,23 +106,42 @@ inline Rounded to_integers(Floats* vectors, int64_t width, int32_t zero, const W
     return rounded;
 }
 
+// A half of the records of `n` of LANES vectors, written word by word: lines of each, transposed from LANES words of all.
+class Half {
+public:
+    Half(uint8_t* first, int64_t n, int64_t size) : first(first), n(n), size(size) {}
+
+    void add(Ints word) {
+        words[filled++] = word;
+        if (filled < LANES) return;
+        transpose<>(words);
+        for (int64_t l = 0; l < n; l++) memcpy(first + l * size, &words[l], sizeof words[l]);
+        first += sizeof words[0];
+        filled = 0;
+    }
+
+private:
+    uint8_t* first;
+    int64_t n, size;
+    int filled = 0;
+    Ints words[LANES];
+};
+
 // Rounds the first `n` of LANES rotated vectors to both halves of their records; word(w, bytes) as above, for the first half.
 template <class Word>
 inline Rounded to_records(Floats* vectors, int64_t n, int64_t width, int32_t zero, uint8_t* records, const Word& word) {
     const int64_t size = record_size(width), half = half_size(width);
-    const int64_t used = words(width) * BYTES;
-    for (int64_t l = 0; l < 2 * n; l++) memset(records + l / 2 * size + HEADER + l % 2 * half + used, 0, static_cast<size_t>(half - used));
-    const auto write = [=](uint8_t* halves, int64_t w, Ints bytes) {
-        for (int64_t l = 0; l < n; l++) {
-            const int32_t four = bytes[l];
-            memcpy(halves + l * size + w * BYTES, &four, sizeof four);
-        }
+    const auto fill = [=](Half& half_of, const auto& words_of) {
+        const Rounded rounded = to_integers(vectors, width, zero, words_of);
+        for (int64_t w = words(width); w < half / BYTES; w++) half_of.add(Ints{});
+        return rounded;
     };
-    const Rounded rounded = to_integers(vectors, width, zero, [&](int64_t w, Ints bytes) {
+    Half whole(records + HEADER, n, size), left(records + HEADER + half, n, size);
+    const Rounded rounded = fill(whole, [&](int64_t w, Ints bytes) {
         word(w, bytes);
-        write(records + HEADER, w, bytes);
+        whole.add(bytes);
     });
-    const Rounded rest = to_integers(vectors, width, zero, [&](int64_t w, Ints bytes) { write(records + HEADER + half, w, bytes); });
+    const Rounded rest = fill(left, [&](int64_t, Ints bytes) { left.add(bytes); });
     for (int64_t l = 0; l < n; l++) {
         const Header header{rounded.scale[l], rest.scale[l], rounded.total[l], rest.total[l], norm_of(rest.errors[l], width)};
         memcpy(records + l * size, &header, sizeof header);

@@ -43,41 +43,63 @@ inline void tile(
     }
 }
 
+// Rows [n, width] from and to LANES vectors side by side, vectors[d] their components d. Rows that are not there are zero.
+inline void read_rows(const float* rows, int64_t n, int64_t width, Floats* vectors) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        Floats block[LANES];
+        const int64_t length = width - d < LANES ? width - d : LANES;
+        for (int64_t l = 0; l < LANES; l++) block[l] = l >= n ? Floats{} : length == LANES ? load(rows + l * width + d) : load_tail(rows + l * width + d, length);
+        transpose(block);
+        for (int64_t i = 0; i < length; i++) vectors[d + i] = block[i];
+    }
+}
+inline void write_rows(const Floats* vectors, int64_t n, int64_t width, float* rows, bool past_caches) {
+    for (int64_t d = 0; d < width; d += LINE) {
+        float lines[LANES][LINE];
+        for (int64_t part = 0; part < LINE; part += LANES) {
+            Floats block[LANES];
+            for (int64_t i = 0; i < LANES; i++) block[i] = d + part + i < width ? vectors[d + part + i] : Floats{};
+            transpose(block);
+            for (int64_t l = 0; l < LANES; l++) store(lines[l] + part, block[l]);
+        }
+        const int64_t length = width - d < LINE ? width - d : LINE;
+        for (int64_t l = 0; l < n; l++) {
+            if (past_caches && length == LINE) {
+                store_line(rows + l * width + d, lines[l]);
+            } else {
+                memcpy(rows + l * width + d, lines[l], sizeof(float) * static_cast<size_t>(length));
+            }
+        }
+    }
+}
+
 inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 }  // namespace
 
 extern "C" {
 
-// Of W [D, F]: its transpose, and for each latent Q w rounded to integers (in panels of 32 latents: for each four components a word of every
-// latent; and as a record), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for whole
-// panels.
+// Of W [D, F]: its transpose, m W + b, and for each latent Q w rounded to integers (in panels of 32 latents: for each four components a word of
+// every latent; and as a record), their scale, and the lengths of what was kept and of what rounding took away. Panels and scales have room for
+// whole panels.
 void lm_saes_integer_weights(
-    const float* W, int64_t width, int64_t n_latents, float* transposed, int32_t* panels, uint8_t* records, float* scales, float* norms,
-    float* errors, int threads) {
+    const float* W, const float* bias, const float* centre, int64_t width, int64_t n_latents, float* transposed, float* centred, int32_t* panels,
+    uint8_t* records, float* scales, float* norms, float* errors, int threads) {
     const bool past_caches = width * n_latents > TOO_LARGE;
-    for_pieces(tiles(n_latents, PANEL), 1, threads, [=](int64_t begin, int64_t end) {
+    for_pieces(n_panels(n_latents), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t panel = begin; panel < end; panel++) {
             for (int64_t v = 0; v < VECTORS; v++) {
                 const int64_t first = panel * PANEL + v * LANES, left = n_latents - first, n = left < LANES ? (left > 0 ? left : 0) : LANES;
+                Floats product = {};
                 for (int64_t d = 0; d < width; d++) {
                     const float* const from = W + d * n_latents + first;
                     if (d + 8 < width && n) __builtin_prefetch(from + 8 * n_latents);
                     vectors[d] = n == LANES ? load(from) : load_tail(from, n);
+                    product += centre[d] * vectors[d];
                 }
-                for (int64_t d = 0; d < width; d += LINE) {
-                    const int64_t length = d + LINE <= width ? LINE : width - d;
-                    for (int64_t l = 0; l < n; l++) {
-                        float line[LINE], * const to = transposed + (first + l) * width + d;
-                        for (int64_t i = 0; i < length; i++) line[i] = vectors[d + i][l];
-                        if (past_caches && length == LINE) {
-                            store_line(to, line);
-                        } else {
-                            memcpy(to, line, sizeof(float) * static_cast<size_t>(length));
-                        }
-                    }
-                }
+                for (int64_t l = 0; l < n; l++) centred[first + l] = product[l] + bias[first + l];
+                write_rows(vectors, n, width, transposed + first * width, past_caches);
                 rotate(vectors, width);
                 int32_t* const words_of = panels + panel * words(width) * WORDS + v * LANES;
                 const Rounded rounded = to_records(vectors, n, width, ZERO, records + first * record_size(width), [=](int64_t w, Ints bytes) {
@@ -103,14 +125,14 @@ void lm_saes_integer_rows(
     for_pieces(tiles(n_rows, AT_ONCE), 1, threads, [=](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t top = begin * AT_ONCE; top < end * AT_ONCE; top += LANES) {
-            Floats squares = {};
-            for (int64_t l = 0; l < LANES; l++) {
-                const bool inside = top + l < n_rows;
-                for (int64_t d = 0; d < width; d++) vectors[d][l] = inside ? x[(top + l) * width + d] - centre[d] : 0;
-            }
-            for (int64_t d = 0; d < width; d++) squares += vectors[d] * vectors[d];
-            rotate(vectors, width);
             const int64_t n = n_rows - top < LANES ? (n_rows > top ? n_rows - top : 0) : LANES;
+            read_rows(x + top * width, n, width, vectors);
+            Floats squares = {};
+            for (int64_t d = 0; d < width; d++) {
+                vectors[d] -= centre[d];
+                squares += vectors[d] * vectors[d];
+            }
+            rotate(vectors, width);
             const Rounded rounded = to_records(vectors, n, width, 0, records + top * record_size(width), [=](int64_t w, Ints bytes) {
                 for (int64_t l = 0; l < LANES; l++) {
                     const int64_t row = top + l;

@@ -7,6 +7,7 @@ of the width: the wider the model, the less integers tell.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,17 +28,6 @@ ROOM = 1 << 26
 """Bytes of keys, at most, where that leaves rows enough to work on."""
 
 
-class Latents(NamedTuple):
-    """What, beside the weights, makes gate values of tokens."""
-
-    centre: Float[Tensor, " D"]
-    """The m that is taken away from x before it is rounded (screen.h). Any would do; the mean makes rows shortest."""
-    centre_norm: float
-    centred: Float[Tensor, " F"]
-    """m W + b."""
-    gate_norm: Float[Tensor, " F"] | None
-
-
 class Bounds(NamedTuple):
     """What is known of the gate values of some rows. The tensors are buffers: they hold until the next piece."""
 
@@ -54,65 +44,82 @@ class Bounds(NamedTuple):
     """The largest keys of groups of latents."""
 
 
-class Bfloat16:
-    """A product in bfloat16.
+class Rounding(ABC):
+    """Weights as a product in low precision needs them, and what bounds it (screen.h): the norms |w~| and errors |w - w~| of the latents.
 
-    `norms` and `errors` [F] are |w~| and |w - w~|, as in screen.h.
+    Activations x are rounded as x - m. Any m would do; their mean makes them shortest.
+    """
+
+    rows_at_once: int
+    """At most."""
+    records: UInt8[Tensor, "F bytes"] | None = None
+    """The weights in two halves of 8 bits (integers.h), if the product is of integers."""
+
+    def __init__(self, width: int, n_latents: int) -> None:
+        self.width, self.n_latents = width, n_latents
+        self.transposed = torch.empty(n_latents, width)
+        self.norms, self.errors, self.centred = torch.empty(3, n_latents)
+
+    def update(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None, centre: Float[Tensor, " D"]) -> None:
+        """Take over the weights, for activations around `centre`."""
+        self.b, self.gate_norm, self.centre = b, gate_norm, centre
+        self._round(W)
+        self.of_bounds = (self.norms, self.errors, self.centred, gate_norm, float(centre.double().norm()))
+
+    @abstractmethod
+    def _round(self, W: Float[Tensor, "D F"]) -> None:
+        """Write W^T, m W + b, norms, errors and whatever the product takes."""
+
+    @abstractmethod
+    def bounds(self, x: Float[Tensor, "N D"], k: int) -> Iterator[Bounds]:
+        """The bounds of rows, piece by piece, to select k of each; one empty piece if there are no rows."""
+
+
+class Bfloat16(Rounding):
+    """A product in bfloat16.
 
     What is taken for granted: that torch adds up a bfloat16 product in float32, as oneDNN and torch's own loops do.
     """
 
     rows_at_once = 1024
-    """At most."""
-    records = None
 
     def __init__(self, width: int, n_latents: int) -> None:
+        super().__init__(width, n_latents)
         self._rounded = torch.empty(width, n_latents, dtype=torch.bfloat16)
-        self.norms, self.errors = torch.empty(n_latents), torch.empty(n_latents)
 
-    def update(self, W: Float[Tensor, "D F"], transposed: Float[Tensor, "F D"]) -> None:
-        """Take over the weights; `transposed` is written too, on the way."""
-        run("screen_weights", W, *W.shape, transposed, self._rounded, self.norms, self.errors)
+    def _round(self, W: Float[Tensor, "D F"]) -> None:
+        run("screen_weights", W, self.b, self.centre, *W.shape, self.transposed, self.centred, self._rounded, self.norms, self.errors)
 
-    def bounds(self, x: Float[Tensor, "N D"], latents: Latents, k: int) -> Iterator[Bounds]:
-        """The bounds of rows, piece by piece, to select k of each; one empty piece if there are no rows."""
-        shape = width, n_latents = self._rounded.shape
-        at_once = rows_in_room(self.rows_at_once, n_latents)
+    def bounds(self, x: Float[Tensor, "N D"], k: int) -> Iterator[Bounds]:
+        at_once = rows_in_room(self.rows_at_once, self.n_latents)
         n_rows = min(len(x), at_once)
-        rounded, product = (torch.empty(n_rows, length, dtype=torch.bfloat16) for length in shape)
-        (norms, errors), (keys, maxima) = torch.empty(2, n_rows), _room(n_rows, n_latents, k)
-        about_latents = (self.norms, self.errors, latents.centred, latents.gate_norm, latents.centre_norm)
+        rounded, product = (torch.empty(n_rows, length, dtype=torch.bfloat16) for length in (self.width, self.n_latents))
+        (norms, errors), (keys, maxima) = torch.empty(2, n_rows), _room(n_rows, self.n_latents, k)
         for rows, n in _pieces(len(x), at_once):
-            run("screen_rows", x[rows], latents.centre, n, width, rounded, norms, errors)
+            run("screen_rows", x[rows], self.centre, n, self.width, rounded, norms, errors)
             torch.mm(rounded[:n], self._rounded, out=product[:n])
-            run("screen_bounds", product, norms, errors, *about_latents, n, width, n_latents, k, keys, maxima)
+            run("screen_bounds", product, norms, errors, *self.of_bounds, n, self.width, self.n_latents, k, keys, maxima)
             yield Bounds(rows, norms[:n], errors[:n], None, keys[:n], maxima[:n])
 
 
-class Integers:
-    """A product of 8-bit integers.
-
-    `norms` and `errors` [F] are |w~| and |w - w~|, as in screen.h; `records` [F, bytes] the weights in two halves of 8 bits, as in integers.h.
-    """
+class Integers(Rounding):
+    """A product of 8-bit integers."""
 
     rows_at_once = 1920
-    """At most. What is read once for all of them, the weights in three forms, comes from memory: with 480 a step of D 768, F 6144 takes an eighth longer."""
+    """What is read once for all of them, the weights in three forms, comes from memory: with 480 a step of D 768, F 6144 takes an eighth longer."""
 
     def __init__(self, width: int, n_latents: int) -> None:
+        super().__init__(width, n_latents)
         room = _padded(n_latents, PANEL)
-        self.width, self.n_latents = width, n_latents
-        self._panels = torch.empty(_padded(width, 4) * room, dtype=torch.int8)
-        self._scales = torch.empty(room)
-        self.norms, self.errors = torch.empty(n_latents), torch.empty(n_latents)
+        self._panels, self._scales = torch.empty(_padded(width, 4) * room, dtype=torch.int8), torch.empty(room)
         self._record = HEADER + 2 * _padded(width, HEADER)
         self.records = torch.empty(n_latents, self._record, dtype=torch.uint8)
 
-    def update(self, W: Float[Tensor, "D F"], transposed: Float[Tensor, "F D"]) -> None:
-        """Take over the weights; `transposed` is written too, on the way."""
-        run("integer_weights", W, *W.shape, transposed, self._panels, self.records, self._scales, self.norms, self.errors)
+    def _round(self, W: Float[Tensor, "D F"]) -> None:
+        written = (self.transposed, self.centred, self._panels, self.records, self._scales, self.norms, self.errors)
+        run("integer_weights", W, self.b, self.centre, *W.shape, *written)
 
-    def bounds(self, x: Float[Tensor, "N D"], latents: Latents, k: int) -> Iterator[Bounds]:
-        """The bounds of rows, piece by piece, to select k of each; one empty piece if there are no rows."""
+    def bounds(self, x: Float[Tensor, "N D"], k: int) -> Iterator[Bounds]:
         at_once = rows_in_room(self.rows_at_once, self.n_latents)
         n_rows = min(len(x), at_once)
         room = _padded(n_rows, TILE)
@@ -120,15 +127,11 @@ class Integers:
         scales, norms, errors = torch.empty(3, room)
         records = torch.empty(n_rows, self._record, dtype=torch.uint8)
         keys, maxima = _room(n_rows, self.n_latents, k)
-        about_latents = (self._panels, self._scales, self.norms, self.errors, latents.centred, latents.gate_norm, latents.centre_norm)
+        about = (rounded, scales, totals, norms, errors, self._panels, self._scales, *self.of_bounds)
         for rows, n in _pieces(len(x), at_once):
-            run("integer_rows", x[rows], latents.centre, n, self.width, rounded, records, scales, totals, norms, errors)
-            about_rows = (rounded, scales, totals, norms, errors)
-            run("integer_product", *about_rows, *about_latents, n, self.width, self.n_latents, k, keys, maxima)
+            run("integer_rows", x[rows], self.centre, n, self.width, rounded, records, scales, totals, norms, errors)
+            run("integer_product", *about, n, self.width, self.n_latents, k, keys, maxima)
             yield Bounds(rows, norms[:n], errors[:n], records[:n], keys[:n], maxima[:n])
-
-
-Rounding = Bfloat16 | Integers
 
 
 def bfloat16_pays() -> bool:

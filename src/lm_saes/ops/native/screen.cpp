@@ -123,14 +123,15 @@ void topk_rows(
 
 extern "C" {
 
-// Of W [D, F]: its transpose, W rounded to bfloat16, and for each latent |w~| and |w - w~|.
+// Of W [D, F]: its transpose, m W + b, W rounded to bfloat16, and for each latent |w~| and |w - w~|.
 void lm_saes_screen_weights(
-    const float* W, int64_t width, int64_t n_latents, float* transposed, uint16_t* rounded, float* norms, float* errors, int threads) {
+    const float* W, const float* bias, const float* centre, int64_t width, int64_t n_latents, float* transposed, float* centred, uint16_t* rounded,
+    float* norms, float* errors, int threads) {
     for_pieces(n_latents, LATENTS, threads, [=](int64_t begin, int64_t end) {
         float block[LINE][LATENTS];
         for (int64_t first = begin; first < end; first += LATENTS) {
             const int64_t n = first + LATENTS < end ? LATENTS : end - first;
-            Floats squares[LATENTS / LANES] = {}, errors_squared[LATENTS / LANES] = {};
+            Floats products[LATENTS / LANES] = {}, squares[LATENTS / LANES] = {}, errors_squared[LATENTS / LANES] = {};
             for (int64_t top = 0; top < width; top += LINE) {
                 const int64_t n_lines = top + LINE < width ? LINE : width - top;
                 for (int64_t i = 0; i < n_lines; i++) {
@@ -146,6 +147,7 @@ void lm_saes_screen_weights(
                     uint16_t halves[LATENTS];
                     for (int64_t l = 0; l < LATENTS; l += LANES) {
                         const Floats w = load(block[i] + l), w_rounded = to_bfloat16(w), error = w - w_rounded;
+                        products[l / LANES] += centre[top + i] * w;
                         squares[l / LANES] += w_rounded * w_rounded;
                         errors_squared[l / LANES] += error * error;
                         store_bfloat16(halves + l, w_rounded);
@@ -158,6 +160,7 @@ void lm_saes_screen_weights(
                 }
             }
             for (int64_t l = 0; l < n; l++) {
+                centred[first + l] = products[l / LANES][l % LANES] + bias[first + l];
                 norms[first + l] = norm_of(squares[l / LANES][l % LANES], width);
                 errors[first + l] = norm_of(errors_squared[l / LANES][l % LANES], width);
             }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_saes.ops.native.calls import check, run
 from lm_saes.ops.native.kernels import above, topk
-from lm_saes.ops.native.products import Bounds, Latents, Rounding, floor_keys
+from lm_saes.ops.native.products import Bounds, Rounding, floor_keys
 
 CANDIDATES = 8
 """A row with more than F / 8 candidates gets a product of its own: computing so many of them one by one takes as long."""
@@ -45,7 +45,7 @@ class Entries(NamedTuple):
 class ScreenedEncoder:
     """An encoder product of which only the largest entries are wanted: the weights, as screening needs them.
 
-    It holds until the weights change; `update` then makes a pass over them and reuses the memory: W again, and W in low precision.
+    It holds until the weights change. The first call then makes a pass over them, into memory that is used again: W transposed, and W in low precision.
 
     Args:
         W: [D, F].
@@ -55,18 +55,16 @@ class ScreenedEncoder:
     """
 
     def __init__(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None, rounding: type[Rounding]) -> None:
-        width, n_latents = W.shape
-        self._transposed, self._rounding = torch.empty(n_latents, width), rounding(width, n_latents)
-        self._most = min(n_latents, max(n_latents // CANDIDATES, 64))
+        self._rounding = rounding(*W.shape)
+        self._most = min(W.shape[1], max(W.shape[1] // CANDIDATES, 64))
         self.update(W, b, gate_norm)
 
     def update(self, W: Float[Tensor, "D F"], b: Float[Tensor, " F"], gate_norm: Float[Tensor, " F"] | None = None) -> None:
         """The same for other weights of the same shape."""
-        n_latents, width = self._transposed.shape
+        width, n_latents = self._rounding.width, self._rounding.n_latents
         check(W=(W, (width, n_latents)), b=(b, (n_latents,)), gate_norm=(gate_norm, (n_latents,)))
         self.W, self.b, self.gate_norm = (W.detach(), b.detach(), None if gate_norm is None else gate_norm.detach())
-        self._rounding.update(self.W, self._transposed)
-        self._latents: Latents | None = None
+        self._is_rounded = False
 
     def topk(self, x: Float[Tensor, "N D"], k: int) -> Selection:
         """The k largest relu(q) of each row: values [N, k] of h, 0 where q is not positive, and latents, as `kernels.topk` orders them."""
@@ -77,10 +75,10 @@ class ScreenedEncoder:
         products = torch.zeros(n_rows, dtype=torch.int64)
         if not values.numel():
             return Selection(values, indices, products)
-        latents = self._latents_for(x)
-        most = min(n_latents, max(self._most, 2 * k))
-        for piece in self._rounding.bounds(x, latents, k):
-            rows, arguments = piece.rows, (*piece[1:], *self._about(latents), len(piece.keys), width, n_latents, k, most)
+        rounding = self._rounded_around(x)
+        weights, most = (rounding.transposed, rounding.records, self.b, *rounding.of_bounds), min(n_latents, max(self._most, 2 * k))
+        for piece in rounding.bounds(x, k):
+            rows, arguments = piece.rows, (*piece[1:], *weights, len(piece.keys), width, n_latents, k, most)
             run("screened_topk", x[rows], *arguments, values[rows], indices[rows], products[rows])
         left = (products < 0).nonzero().flatten()
         if len(left):
@@ -91,13 +89,13 @@ class ScreenedEncoder:
         """All entries with q > floor (a number, or one for each latent) and h > 0, by row, then latent."""
         floors, least = (floor, 0.0) if isinstance(floor, Tensor) else (None, floor)
         check(floor=(floors, self.b.shape))
-        latents = self._latents_for(x)
+        rounding = self._rounded_around(x)
         keys = floor_keys(self.b.new_full(self.b.shape, least) if floors is None else floors)
-        pieces = [self._above(x[piece.rows], piece, latents, keys, floors, least) for piece in self._rounding.bounds(x, latents, 0)]
+        pieces = [self._above(x[piece.rows], piece, rounding, keys, floors, least) for piece in rounding.bounds(x, 0)]
         counts, products, indices, values, gate = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         return Entries(counts, indices, values, gate, products)
 
-    def _above(self, x: Tensor, piece: Bounds, latents: Latents, keys: Tensor, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    def _above(self, x: Tensor, piece: Bounds, rounding: Rounding, keys: Tensor, floors: Tensor | None, least: float) -> tuple[Tensor, ...]:
         n_rows, (width, n_latents) = len(x), self.W.shape
         possible = x.new_empty(n_rows, dtype=torch.int64)
         run("screened_count", piece.keys, keys, n_rows, n_latents, possible)
@@ -110,7 +108,7 @@ class ScreenedEncoder:
         offsets, n_entries = ends - room, int(ends[-1]) if n_rows else 0
         entries = (x.new_empty(n_entries, dtype=torch.int64), x.new_empty(n_entries), x.new_empty(n_entries))
         counts = room.clone()
-        about = (*piece[1:5], *self._about(latents), keys, floors, least)
+        about = (*piece[1:5], rounding.transposed, rounding.records, self.b, *rounding.of_bounds, keys, floors, least)
         run("screened_above", x, *about, n_rows, width, n_latents, left, offsets, counts, *entries)
         if exact is not None:
             shift = offsets[where] - (exact[0].cumsum(0) - exact[0])
@@ -121,18 +119,13 @@ class ScreenedEncoder:
         n_entries = int(counts.sum())
         return (counts, possible.masked_fill(left, -1), *(entry[:n_entries] for entry in entries))
 
-    def _latents_for(self, x: Float[Tensor, "N D"]) -> Latents:
-        """Around the mean of the first rows that were asked for; it takes a pass over the weights."""
+    def _rounded_around(self, x: Float[Tensor, "N D"]) -> Rounding:
+        """The rounded weights, for activations around the mean of the first rows that were asked for."""
         check(x=(x, (len(x), len(self.W))))
-        if self._latents is None:
+        if not self._is_rounded:
             mean = x.mean(0)
             if not mean.isfinite().all():  # of no rows, or some rows are not finite
                 mean = torch.zeros_like(mean)
-            self._latents = Latents(mean, float(mean.double().norm()), torch.mv(self.W.t(), mean) + self.b, self.gate_norm)
-        return self._latents
-
-    def _about(self, latents: Latents) -> tuple[Tensor | float | None, ...]:
-        """What the kernels are told about the weights."""
-        rounding = self._rounding
-        of_bounds = (rounding.norms, rounding.errors, latents.centred, latents.gate_norm, latents.centre_norm)
-        return (self._transposed, rounding.records, self.b, *of_bounds)
+            self._rounding.update(self.W, self.b, self.gate_norm, mean)
+            self._is_rounded = True
+        return self._rounding

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -105,6 +106,22 @@ inline uint64_t bits(Shorts comparison) {
     return word;
 #endif
 }
+
+template <int HALF, size_t... L>
+inline void exchange(Ints& top, Ints& bottom, std::index_sequence<L...>) {
+    const Ints a = top, b = bottom;
+    top = __builtin_shufflevector(a, b, (L & HALF ? LANES + L - HALF : L)...);
+    bottom = __builtin_shufflevector(a, b, (L & HALF ? LANES + L : L + HALF)...);
+}
+template <int HALF = LANES / 2>
+inline void transpose(Ints* block) {
+    for (int i = 0; i < LANES; i++) {
+        if (!(i & HALF)) exchange<HALF>(block[i], block[i + HALF], std::make_index_sequence<LANES>{});
+    }
+    if constexpr (HALF > 1) transpose<HALF / 2>(block);
+}
+// Of LANES vectors the lane l of vector i becomes the lane i of vector l.
+inline void transpose(Floats* block) { transpose<>(reinterpret_cast<Ints*>(block)); }
 
 inline Floats absolute(Floats vector) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(vector) & 0x7fffffff); }
 inline float absolute(float number) { return __builtin_fabsf(number); }
