@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,25 @@ def test_the_run_folder_decides_who_may_use_it(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
         RunFolder(tmp_path / "file").open()
+
+
+def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr("os.fsync", files_only)
+    assert is_whole(write(tmp_path, 1))
+
+    def nothing(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", nothing)
+    with pytest.raises(RunFolderError, match="Input/output error"):
+        write(tmp_path, 2)
 
 
 def test_json_is_written_whole(tmp_path):

@@ -124,6 +124,18 @@ def test_tracking_services_get_the_metrics(name, monkeypatch):
     assert calls[1:] == [({"b": 2.0}, 3), "finish"]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_that_does_not_start_is_one_line(name, monkeypatch):
+    class Service:
+        @staticmethod
+        def init(**_):
+            raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, name, Service)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"did not start \(RuntimeError: api_key not configured \(no-tty\)\); try "):
+        WandbLogger(WandbConfig()) if name == "wandb" else TrackioLogger(TrackioConfig())
+
+
 def test_tensorboard_writes_event_files(tmp_path, monkeypatch):
     written = []
 

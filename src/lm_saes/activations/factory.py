@@ -192,7 +192,7 @@ class ActivationStream:
         self._ahead.close()
 
     def state_dict(self) -> State:
-        """Everything that decides which batches come next, the buffer's content included: as large as the buffer."""
+        """Everything that decides which batches come next: the buffer's content, or where it comes from, included."""
         return {"settings": self._settings, "ended": self.ended, **nested("batches", self._ahead.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -193,20 +193,30 @@ def _needed(module: str, package: str, extra: str) -> Any:
         raise ConfigError(f'{package} is configured but not installed; run: pip install "lm-saes[{extra}]"') from None
 
 
+@contextmanager
+def _starting(name: str, fix: str) -> Iterator[None]:
+    """What a tracker, its server or the network raises when a run is started, in one line."""
+    try:
+        yield
+    except Exception as error:  # they have no common base
+        raise ConfigError(f"{name} did not start ({type(error).__name__}: {error}); try {fix}") from error
+
+
 class WandbLogger(ObjectLogger):
     """Weights & Biases. The run starts when the logger is made, and leaves other runs of this process alone if it is `beside_others`; the mode
     comes from the environment variable WANDB_MODE.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or the run cannot be started.
     """
 
     def __init__(self, cfg: WandbConfig, settings: Mapping[str, Any] | None = None, beside_others: bool = False) -> None:
         wandb = _needed("wandb", "wandb", "wandb")
-        self.run = wandb.init(
-            project=cfg.wandb_project, name=cfg.exp_name, entity=cfg.wandb_entity, id=cfg.wandb_run_id, resume=cfg.wandb_resume, config=dict(settings or {}),
-            **({"reinit": "create_new"} if beside_others else {}),
-        )  # fmt: skip
+        with _starting("Weights & Biases", "wandb login, WANDB_MODE=offline, or leave wandb out"):
+            self.run = wandb.init(
+                project=cfg.wandb_project, name=cfg.exp_name, entity=cfg.wandb_entity, id=cfg.wandb_run_id, resume=cfg.wandb_resume,
+                config=dict(settings or {}), **({"reinit": "create_new"} if beside_others else {}),
+            )  # fmt: skip
         super().__init__(self.run)
 
     @override
@@ -218,12 +228,13 @@ class TrackioLogger(ObjectLogger):
     """trackio. The run starts when the logger is made.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or the run cannot be started.
     """
 
     def __init__(self, cfg: TrackioConfig, settings: Mapping[str, Any] | None = None) -> None:
         trackio = _needed("trackio", "trackio", "trackio")
-        self.run = trackio.init(project=cfg.project, name=cfg.name, config=dict(settings or {}))
+        with _starting("trackio", "leave trackio out"):
+            self.run = trackio.init(project=cfg.project, name=cfg.name, config=dict(settings or {}))
         super().__init__(self.run)
 
     @override
