@@ -101,7 +101,7 @@ def read_torch(path: Path, error: type[LmSaesError], mmap: bool = False) -> Any:
         with warnings.catch_warnings():  # of unusual pickles; either they are read in full or refused here
             warnings.simplefilter("ignore", UserWarning)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for tensor in _tensors(loaded):
+        for tensor in tensors_in(loaded):
             if tensor.layout is not torch.strided or tensor.is_quantized or tensor.nbytes > size:
                 raise ValueError(f"it holds a tensor of shape {list(tensor.shape)} that is larger than the file, or not plain")
         return loaded
@@ -109,7 +109,7 @@ def read_torch(path: Path, error: type[LmSaesError], mmap: bool = False) -> Any:
         raise error(f"{path} is damaged or holds more than tensors in plain containers, which are all that is read: {reason(fault)}") from None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested containers, which may hold themselves."""
     found: list[Tensor] = []
     seen: set[int] = set()

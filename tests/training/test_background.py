@@ -98,6 +98,35 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
+def test_a_stream_whose_state_changes_while_it_is_written_is_refused(trainer_config, monkeypatch):
+    """Its checkpoint would hold one moment's position and another's buffer."""
+    original, reached = run_module.write_checkpoint, threading.Event()
+
+    class Live(SyntheticStream):
+        def __init__(self) -> None:
+            super().__init__(batch_size=64)
+            self.buffer = torch.zeros(5)
+
+        def __next__(self) -> dict[str, Any]:
+            self.buffer += 1
+            if self.position == 7:
+                reached.set()
+            return super().__next__()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "buffer": self.buffer}
+
+    def late(*arguments: Any) -> Path:
+        assert reached.wait(30)
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, "write_checkpoint", late)
+    cfg = trainer_config(12, n_checkpoints=3, check_point_save_mode="linear")
+    with pytest.raises(RunFolderError, match=r"state_dict\(\) gave tensors that changed when it went on.*; it must give copies"):
+        Trainer(cfg).fit(make_dictionary(), Live())
+    assert not list(Path(cfg.exp_result_path).glob("checkpoints/step_*"))
+
+
 @pytest.mark.parametrize("at", [4, 12], ids=["surfaces while training", "surfaces at the end"])
 def test_a_full_disk_behind_training_is_one_line_and_leaves_the_older_checkpoint(at, trainer_config, monkeypatch):
     original, threads = checkpoint_module.save_file, set(threading.enumerate())

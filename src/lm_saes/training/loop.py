@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_saes.errors import DataError, RunFolderError
+from lm_saes.tensor_files import tensors_in
 from lm_saes.training.background import BackgroundWriter
 from lm_saes.training.checkpoint import on_host
 from lm_saes.training.interruption import Interruption
 from lm_saes.training.run import Run
+from lm_saes.training.run_folder import remove
 from lm_saes.training.step import Batch, flat_batches
 
 
@@ -130,12 +132,18 @@ class _Saving:
             run.settle()
         sound = [run for run in runs if run.error is None]
         state = on_host(self._stream.state_dict()) if hasattr(self._stream, "state_dict") else None
+        versions = [(tensor, tensor._version) for tensor in tensors_in(state) if not tensor.is_inference()]
         writes = [run.copy_state(run.cfg.exp_result_path) for run in sound]
 
         def write() -> None:
             holder: Any = state
             for write_one in writes:
                 path = write_one(holder)
+                if holder is state and any(tensor._version != version for tensor, version in versions):
+                    remove(path)
+                    raise RunFolderError(
+                        "the stream's state_dict() gave tensors that changed when it went on, so no checkpoint holds; it must give copies"
+                    )
                 holder = holder and path
             for run in sound:
                 run.remove_old_checkpoints()
