@@ -154,6 +154,12 @@ def test_the_run_folder_decides_who_may_use_it(tmp_path):
         RunFolder(tmp_path / "file").open()
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunFolderError, match=r"cannot write checkpoint .*step_1: .*checkpoints"):
+        write(tmp_path, 1)
+
+
 def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
     original = os.fsync
 

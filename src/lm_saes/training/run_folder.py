@@ -147,7 +147,8 @@ def disk_errors(what: str, temporary: Path | None = None) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if temporary is not None:
-            remove(temporary)
+            with suppress(OSError):  # what stands in the way of writing may stand in the way of removing
+                remove(temporary)
         reason = "the disk is full; free some space, or lower keep_checkpoints" if disk_is_full(error) else " ".join(str(error).split())
         raise RunFolderError(f"cannot write {what}: {reason}") from None
 
