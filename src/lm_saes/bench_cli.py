@@ -32,7 +32,7 @@ def synthetic(
     seeds
         Dictionaries of each kind, from different starts and samples.
     kinds
-        Which, separated by commas: batchtopk, matryoshka, topk, jumprelu, relu.
+        Which, separated by commas: batchtopk, matryoshka, matryoshka-annealed, topk, jumprelu, relu.
     samples
         Training samples for each dictionary, if not those of the size.
     out

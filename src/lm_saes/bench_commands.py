@@ -94,7 +94,7 @@ def _legend(seeds: int) -> str:
 
 def _line(name: str, scores: Scores) -> Text:
     cells = "  ".join(f"{column.title} {_mean(column, [scores])}" for column in COLUMNS if column.score in {"f1", "mcc", "explained_variance", "l0"})
-    return Text.assemble((f"{name:<22}", "bold"), cells)
+    return Text.assemble((f"{name:<29}", "bold"), cells)
 
 
 def _values(column: Column, rows: Sequence[Scores]) -> list[float]:

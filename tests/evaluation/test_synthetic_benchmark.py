@@ -110,7 +110,7 @@ def test_the_probe_is_better_than_a_dictionary_and_kept(tmp_path):
 
 
 def test_kinds_are_configured_alike():
-    assert set(KINDS) == {"batchtopk", "matryoshka", "topk", "jumprelu", "relu"}
+    assert set(KINDS) == {"batchtopk", "matryoshka", "matryoshka-annealed", "topk", "jumprelu", "relu"}
     cfg = SyntheticBenchmarkConfig.preset("16k")
     benchmark = SyntheticBenchmark.__new__(SyntheticBenchmark)
     benchmark.cfg = cfg
@@ -120,7 +120,8 @@ def test_kinds_are_configured_alike():
     assert nested.widths == (128, 512, 2048)
     for kind in KINDS.values():
         sae, trainer = benchmark.sae_config(kind), benchmark.trainer_config(kind, 0, "runs/x")
-        assert (sae.d_sae, sae.top_k, trainer.total_training_tokens, trainer.lr) == (4096, 25, 200_000_000, 3e-4)
+        assert (sae.d_sae, trainer.total_training_tokens, trainer.lr) == (4096, 200_000_000, 3e-4)
+        assert (trainer.initial_k, sae.top_k) == ((None, 25) if kind.annealed_k is None else (60, 22))
         assert trainer.target_l0 == (25 if sae.act_fn in {"relu", "jumprelu"} else None)
         assert trainer.auxk_coefficient == (None if sae.act_fn in {"relu", "jumprelu"} else 1 / 32)
 
@@ -149,7 +150,10 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--kinds", "batchtop"], "no kind of dictionary 'batchtop'; did you mean 'batchtopk'? Kinds: batchtopk, matryoshka, topk, jumprelu, relu"),
+        (
+            ["--kinds", "batchtop"],
+            "no kind of dictionary 'batchtop'; did you mean 'batchtopk'? Kinds: batchtopk, matryoshka, matryoshka-annealed, topk, jumprelu, relu",
+        ),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--samples", "0"], "n_training_samples: Input should be greater than or equal to 1 (got 0)"),
         (["--device", "gpu"], "device"),

@@ -80,8 +80,9 @@ def trained(act_fn: str, folder: str, steps: int, **options) -> tuple[float, flo
     x = SyntheticStream(batch_size=16384, seed=5, **stream).activations(0)
     with torch.no_grad():
         codes, reconstruction = sae.features_and_reconstruction({HOOK: x})
-    assert trainer._step is not None
-    factor = 1.0 if trainer._step.controller is None else trainer._step.controller.log_gain.exp().item()
+    assert trainer._run is not None
+    controller = trainer._run._training.controller
+    factor = 1.0 if controller is None else controller.log_gain.exp().item()
     l0 = (codes > 0).sum(-1).float().mean().item()
     return l0, 1 - ((reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()).item(), factor * (trainer.cfg.l1_coefficient or 1.0)
 

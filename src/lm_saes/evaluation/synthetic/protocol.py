@@ -45,6 +45,8 @@ class Kind:
     initializer: dict[str, Any] = field(default_factory=dict)
     nested: tuple[int, ...] = ()
     """Matryoshka's prefixes, as d_sae over their widths."""
+    annealed_k: tuple[float, float] | None = None
+    """k at the start and at the end, over the L0 of the others; it falls linearly over the first four fifths."""
 
 
 _AUXK = {"auxk_coefficient": 1 / 32}
@@ -53,12 +55,14 @@ _TANH = {"sparsity_loss_type": "tanh", "l1_coefficient": 0.5, "lp_coefficient": 
 KINDS = {
     "batchtopk": Kind({"act_fn": "batchtopk"}, _AUXK),
     "matryoshka": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2)),
+    "matryoshka-annealed": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2), annealed_k=(2.4, 0.875)),
     "topk": Kind({"act_fn": "topk"}, _AUXK),
     "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH, {"init_log_jumprelu_threshold_value": 0.0}),
     "relu": Kind({"act_fn": "relu"}, _L1),
 }
 """What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
-ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay."""
+ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay, and "matryoshka-annealed", whose k begins
+far above the L0 of the others and ends somewhat below it."""
 
 BASELINE_KINDS = {
     "frozen-decoder": Kind({"act_fn": "batchtopk"}, {**_AUXK, "frozen": "decoder"}),
@@ -134,15 +138,18 @@ class SyntheticBenchmark:
         """The dictionary of a kind."""
         cfg = self.cfg
         matryoshka = MatryoshkaConfig(widths=tuple(max(1, cfg.d_sae // share) for share in kind.nested)) if kind.nested else None
+        top_k = cfg.l0 if kind.annealed_k is None else max(1, round(kind.annealed_k[1] * cfg.l0))
         return SAEConfig(
-            hook_point_in=SYNTHETIC_HOOK, d_model=cfg.model.d_model, expansion_factor=cfg.d_sae / cfg.model.d_model, top_k=cfg.l0,
+            hook_point_in=SYNTHETIC_HOOK, d_model=cfg.model.d_model, expansion_factor=cfg.d_sae / cfg.model.d_model, top_k=top_k,
             matryoshka=matryoshka, device=str(self.model.device), **kind.sae,
         )  # fmt: skip
 
     def trainer_config(self, kind: Kind, seed: int, folder: Path) -> TrainerConfig:
         """The training of a kind."""
         cfg = self.cfg
-        of_size = {"target_l0": float(cfg.l0)} if "sparsity_loss_type" in kind.trainer else {"k_aux": max(1, cfg.model.d_model // 2)}
+        of_size: dict[str, Any] = {"target_l0": float(cfg.l0)} if "sparsity_loss_type" in kind.trainer else {"k_aux": max(1, cfg.model.d_model // 2)}
+        if kind.annealed_k is not None:
+            of_size |= {"initial_k": round(kind.annealed_k[0] * cfg.l0), "k_warmup_steps": 0.8}
         return TrainerConfig(
             total_training_tokens=cfg.n_training_samples, lr=cfg.lr, lr_warm_up_steps=0.02, dead_threshold=max(1, cfg.n_training_samples // 20),
             n_checkpoints=4, check_point_save_mode="linear", seed=seed, exp_result_path=str(folder), **of_size, **kind.trainer,
