@@ -93,6 +93,12 @@ def test_where_how_often_and_on_what_device_may_change_freely(run, changes):
     assert check_same(now(changes), run) == []
 
 
+def test_a_run_that_does_not_say_how_it_was_begun_does_not_go_on(run):
+    (run / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"there is no settings\.json in it"):
+        check_same(now({}), run)
+
+
 def test_misspelt_names_are_refused(run, monkeypatch, capsys):
     with pytest.raises(ConfigError, match=r"no trainer\.totl_training_tokens that could change; did you mean 'total_training_tokens'"):
         check_allowed(["trainer.totl_training_tokens"])

@@ -55,10 +55,8 @@ def check_same(settings: TrainSAESettings, folder: Path, allow: Sequence[str] = 
     how often, on what device, and who is told, may change freely.
 
     Raises:
-        ConfigError: a setting is another one now.
+        ConfigError: a setting is another one now; or the folder does not say with which the run began.
     """
-    if not (folder / "settings.json").is_file():
-        return []
     return allowed_changes(differences(_decisive(settings_of_run(folder)), _decisive(settings)), allow, folder)
 
 
