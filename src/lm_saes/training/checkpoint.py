@@ -152,9 +152,14 @@ def remove_old(run_folder: str | Path, keep: int, planned: Collection[int]) -> N
                 for part in state:  # without the first nobody takes it for whole
                     remove(part)
             else:
-                doomed = path.with_name(f"{UNFINISHED}{path.name}")
-                path.rename(doomed)
-                remove(doomed)
+                discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint. It loses its name first, so that what a killed process leaves of it is nobody's checkpoint."""
+    doomed = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
+    checkpoint.rename(doomed)
+    remove(doomed)
 
 
 def _link(path: Path, other: Path) -> None:

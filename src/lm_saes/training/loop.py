@@ -16,10 +16,9 @@ from typing import Any
 from lm_saes.errors import DataError, RunFolderError
 from lm_saes.tensor_files import tensors_in
 from lm_saes.training.background import BackgroundWriter
-from lm_saes.training.checkpoint import on_host
+from lm_saes.training.checkpoint import discard, on_host
 from lm_saes.training.interruption import Interruption
 from lm_saes.training.run import Run
-from lm_saes.training.run_folder import remove
 from lm_saes.training.step import Batch, flat_batches
 
 
@@ -140,7 +139,7 @@ class _Saving:
             for write_one in writes:
                 path = write_one(holder)
                 if holder is state and any(tensor._version != version for tensor, version in versions):
-                    remove(path)
+                    discard(path)
                     raise RunFolderError(
                         "the stream's state_dict() gave tensors that changed when it went on, so no checkpoint holds; it must give copies"
                     )

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from lm_saes.config import TrainerConfig
 from lm_saes.errors import ConfigError, RunFolderError, did_you_mean
-from lm_saes.files import UNFINISHED
-from lm_saes.training.checkpoint import checkpoint_folders, damage, read_state, resumable_folders
-from lm_saes.training.run_folder import disk_errors, remove
+from lm_saes.training.checkpoint import checkpoint_folders, damage, discard, read_state, resumable_folders
+from lm_saes.training.run_folder import disk_errors
 from lm_saes.training.schedules import CLAMPED, total_steps
 
 WITHOUT_EFFECT = frozenset({"exp_result_path", "n_checkpoints", "check_point_save_mode", "keep_checkpoints", "checkpoint_minutes"})
@@ -86,9 +85,7 @@ def discard_newer(checkpoint: Path) -> None:
     with disk_errors(str(checkpoint.parent)):
         for step, path in checkpoint_folders(checkpoint.parent.parent).items():
             if step > int(checkpoint.name.removeprefix("step_")):
-                doomed = path.with_name(f"{UNFINISHED}{path.name}")
-                path.rename(doomed)
-                remove(doomed)
+                discard(path)
 
 
 # ------------------------------------------------------------------------------------------------------- what has changed
