@@ -70,3 +70,31 @@ def test_freed_memory_is_used_again():
     assert reused < 0.2 * plain  # the first of ten rounds is a tenth
     assert grown < 20_000  # KB
     assert obeyed > 0.5 * plain
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 40, 48), (120, 48)])
+def test_linear_layers_without_gradient_are_those_of_torch_but_for_rounding(monkeypatch, bias, shape):
+    used = []
+    fast = devices.fast_linear
+    monkeypatch.setattr(devices, "fast_linear", lambda *tensors: used.append(1) or fast(*tensors))
+    layer, x = torch.nn.Linear(48, 24, bias=bias), torch.randn(shape)
+    with devices.FastLinear(), torch.no_grad():
+        torch.testing.assert_close(
+            layer(x), torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None).float()
+        )
+        assert len(used) == 1
+        layer(x.flatten(0, -2)[:5])  # few rows
+        assert len(used) == 1
+        torch.testing.assert_close(layer.bfloat16()(x.bfloat16()), layer.float()(x).bfloat16(), rtol=2e-2, atol=2e-2)
+    n_used = len(used)
+    with devices.FastLinear():
+        layer(x).sum().backward()
+    assert len(used) == n_used
+
+
+def test_fast_linear_says_where_it_does_not_apply():
+    x, weight = torch.randn(4, 3), torch.randn(2, 3)
+    assert devices.fast_linear(x.double(), weight.double(), None) is None
+    if (product := devices.fast_linear(x, weight, None)) is not None:
+        torch.testing.assert_close(product, x @ weight.t())

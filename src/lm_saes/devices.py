@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lm_saes.errors import DeviceError
 
@@ -51,6 +55,36 @@ def no_narrower_than(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tenso
     """`after` on its device, but cast from `before` where a module-wide cast has narrowed it below `dtype`."""
     wanted = torch.promote_types(after.dtype, dtype)
     return after if after.dtype == wanted else before.to(after.device, wanted)
+
+
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x weight^T + bias, in float32 on x86, by oneDNN: on AMD it takes .7 to .9 of the time of torch's usual product. None where it does not apply."""
+    linear = _onednn_linear()
+    if linear is None or any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in (x, weight, bias) if tensor is not None):
+        return None
+    return linear(x, weight, bias, "none", [], "")
+
+
+class FastLinear(TorchFunctionMode):
+    """While open, linear layers without gradient run on `fast_linear`, from some dozen rows on. They differ from torch's by rounding."""
+
+    _FEWEST_ROWS = 64
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            x, weight, *bias = args
+            enough = x.numel() >= self._FEWEST_ROWS * max(1, x.shape[-1])
+            if enough and (product := fast_linear(x, weight, bias[0] if bias else None)) is not None:
+                return product
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _onednn_linear() -> Callable[..., Tensor] | None:
+    """torch's operator, not a public one, for oneDNN's product; None where there is none."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def reuse_freed_memory() -> None:

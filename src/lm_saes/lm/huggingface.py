@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lm_saes.config import LanguageModelConfig
-from lm_saes.devices import resolve_device
+from lm_saes.devices import FastLinear, resolve_device
 from lm_saes.errors import LanguageModelError, LmSaesError
 from lm_saes.files import inside, read_json_object
 from lm_saes.hub import explain
@@ -115,7 +115,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         sites = {hook_point: self.hook_points.site(hook_point) for hook_point in hook_points}
         if not sites:
             return {}
-        with forward_errors(self.cfg.model_name, ids), evaluating(self.model):
+        with forward_errors(self.cfg.model_name, ids), evaluating(self.model), FastLinear():
             captured = capture(self.model, sites, lambda: self.model(**inputs))
         return {name: tensor.to(self.device) for name, tensor in captured.items()}
 
@@ -124,7 +124,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         inputs = self.inputs(ids, attention_mask)
         sites = {name: (self.hook_points.site(name), edit) for name, edit in (edits or {}).items()}
         errors = nullcontext() if edits else forward_errors(self.cfg.model_name, ids)  # what an edit raises is its own
-        with errors, evaluating(self.model), edited(self.model, sites):
+        with errors, evaluating(self.model), edited(self.model, sites), FastLinear():
             if self.is_causal:
                 output = self.model(**inputs)
             else:

@@ -7,14 +7,12 @@ decoding, over the entries of each latent (after a sort) for the gradients of we
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lm_saes.devices import fast_linear
 from lm_saes.ops.sparse_codes import ByLatent, Pattern, at_least_float32
 
 
@@ -24,10 +22,9 @@ def applies(*tensors: Tensor | None) -> bool:  # noqa: ARG001
 
 
 def affine(x: Float[Tensor, "n D"], W: Float[Tensor, "D F"], b: Float[Tensor, " F"], out: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
-    """x W + b, perhaps in `out`. In float32 on x86 by oneDNN, which takes three quarters of the time of torch's usual product on AMD."""
-    if (linear := _onednn_linear()) and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in (x, W, b)):
-        return linear(x, W.t(), b, "none", [], "")
-    return torch.addmm(b, x, W, out=out)
+    """x W + b, perhaps in `out`."""
+    product = fast_linear(x, W.t(), b)
+    return torch.addmm(b, x, W, out=out) if product is None else product
 
 
 def topk(h: Float[Tensor, "n F"], gate_norm: Float[Tensor, " F"] | None, k: int) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
@@ -96,11 +93,3 @@ def _gate(h: Float[Tensor, "n F"], gate_norm: Float[Tensor, " F"] | None) -> Flo
 def _bags(indices: Tensor, offsets: Tensor, weights: Tensor, matrix: Float[Tensor, "R D"]) -> Float[Tensor, "bags D"]:
     """For each bag of entries the sum of the matrix rows that they name, each times its weight."""
     return embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
-
-
-@functools.cache
-def _onednn_linear() -> Callable[..., Tensor] | None:
-    """torch's operator, not a public one, for oneDNN's product; None where there is none."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
