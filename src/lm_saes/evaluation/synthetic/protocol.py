@@ -47,6 +47,8 @@ class Kind:
     """Matryoshka's prefixes, as d_sae over their widths."""
     annealed_k: tuple[float, float] | None = None
     """k at the start and at the end, over the L0 of the others; it falls linearly over the first four fifths."""
+    lr: float = 1.0
+    """Learning rate, over that of the others."""
 
 
 _AUXK = {"auxk_coefficient": 1 / 32}
@@ -55,14 +57,14 @@ _TANH = {"sparsity_loss_type": "tanh", "l1_coefficient": 0.5, "lp_coefficient": 
 KINDS = {
     "batchtopk": Kind({"act_fn": "batchtopk"}, _AUXK),
     "matryoshka": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2)),
-    "matryoshka-annealed": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2), annealed_k=(2.4, 0.875)),
+    "matryoshka-annealed": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2), annealed_k=(2.4, 0.875), lr=3.0),
     "topk": Kind({"act_fn": "topk"}, _AUXK),
     "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH, {"init_log_jumprelu_threshold_value": 0.0}),
     "relu": Kind({"act_fn": "relu"}, _L1),
 }
 """What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
-ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay, and "matryoshka-annealed", whose k begins
-far above the L0 of the others and ends somewhat below it."""
+ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay, and "matryoshka-annealed": k begins
+far above the L0 of the others and ends somewhat below it, at three times their learning rate."""
 
 BASELINE_KINDS = {
     "frozen-decoder": Kind({"act_fn": "batchtopk"}, {**_AUXK, "frozen": "decoder"}),
@@ -151,7 +153,7 @@ class SyntheticBenchmark:
         if kind.annealed_k is not None:
             of_size |= {"initial_k": round(kind.annealed_k[0] * cfg.l0), "k_warmup_steps": 0.8}
         return TrainerConfig(
-            total_training_tokens=cfg.n_training_samples, lr=cfg.lr, lr_warm_up_steps=0.02, dead_threshold=max(1, cfg.n_training_samples // 20),
+            total_training_tokens=cfg.n_training_samples, lr=cfg.lr * kind.lr, lr_warm_up_steps=0.02, dead_threshold=max(1, cfg.n_training_samples // 20),
             n_checkpoints=4, check_point_save_mode="linear", seed=seed, exp_result_path=str(folder), **of_size, **kind.trainer,
         )  # fmt: skip
 
