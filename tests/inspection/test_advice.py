@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm_saes.config import ActivationFactoryConfig, InitializerConfig, SAEConfig
+from lm_saes.config import ActivationFactoryConfig, InitializerConfig, SAEConfig, TrainerConfig
 from lm_saes.inspection.advice import RULES, as_toml, reasons, same_advice
 from lm_saes.inspection.inspect import inspect_batches
 from lm_saes.inspection.report import Dimensionality, HookPointReport, SpecialToken
@@ -78,6 +78,13 @@ def test_a_rank_that_is_low_only_through_outlier_dimensions_needs_no_subspace() 
 def test_reasons_turn_at_their_threshold(topic: str, calm: dict[str, Any], alarming: dict[str, Any], words: str) -> None:
     assert words not in answer(changed(**calm), topic)[1]
     assert words in answer(changed(**alarming), topic)[1]
+
+
+def test_what_helps_wide_dictionaries_besides_is_named_where_the_rank_is_low() -> None:
+    low, full = (answer(changed(dimensionality=dims(share)), "active subspace")[1] for share in (0.5, 0.9))
+    assert 'in dictionaries of 32 D latents or more, trainer.optimizer_class = "sparseadam"' in low
+    assert "sparseadam" not in full
+    assert TrainerConfig(optimizer_class="sparseadam").optimizer_class == "sparseadam"
 
 
 def test_the_sink_of_the_special_tokens_is_named() -> None:

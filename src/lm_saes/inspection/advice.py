@@ -128,8 +128,9 @@ def _active_subspace(report: HookPointReport) -> Answer:
         )
     return Answer(
         {"initializer.initialize_W_D_with_active_subspace": True, "initializer.d_active_subspace": "auto"},
-        '99 % of the variance lies in {} of the dimensions; latents that start outside tend to die. "auto" is the effective rank; in '
-        'dictionaries of 64 D latents, trainer.optimizer_class = "sparseadam" keeps more of them alive besides',
+        '99 % of the variance lies in {} of the dimensions; latents that start outside tend to die. "auto" is the effective rank (a smaller '
+        "subspace was better at some hook points and worse at others); in dictionaries of 32 D latents or more, trainer.optimizer_class = "
+        '"sparseadam" keeps more of them alive besides',
         everything.variance_99_share,
     )
 
