@@ -200,10 +200,10 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
 
 @pytest.fixture
 def _fresh_library():
-    library._open.cache_clear()
+    library._opened.cache_clear()
     library._possible.cache_clear()
     yield
-    library._open.cache_clear()
+    library._opened.cache_clear()
     library._possible.cache_clear()
 
 

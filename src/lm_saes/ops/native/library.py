@@ -96,11 +96,19 @@ def threads() -> str:
     return "torch's OpenMP threads" if _gomp_parallel() else "threads of their own"
 
 
-@functools.cache
 def _open(name: str) -> ctypes.CDLL:
+    library = _opened(name)
+    if isinstance(library, Unavailable):
+        raise library.with_traceback(None)
+    return library
+
+
+@functools.cache
+def _opened(name: str) -> ctypes.CDLL | Unavailable:
+    """The library, or why there is none: either way the same for the life of the process, whatever is built meanwhile."""
     path = build.library_path(name)
     if not path.exists():
-        raise Unavailable(f"no native kernels ({path.name} is not there: no C++ compiler at installation? python {build.__file__} builds it)")
+        return Unavailable(f"no native kernels ({path.name} is not there: no C++ compiler at installation? python {build.__file__} builds it)")
     try:
         library = ctypes.CDLL(str(path))
         library.lm_saes_sources.restype = ctypes.c_char_p
@@ -109,9 +117,9 @@ def _open(name: str) -> ctypes.CDLL:
             getattr(library, f"lm_saes_{function}").argtypes = types
             getattr(library, f"lm_saes_{function}").restype = _RETURNS.get(function)
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"no native kernels ({path.name} cannot be used: {error})") from None
+        return Unavailable(f"no native kernels ({path.name} cannot be used: {error})")
     if sources != build.sources_hash():
-        raise Unavailable(f"no native kernels ({path.name} is older than its sources; python {build.__file__} builds it anew)")
+        return Unavailable(f"no native kernels ({path.name} is older than its sources; python {build.__file__} builds it anew)")
     library.lm_saes_use_runtime(_gomp_parallel())
     return library
 
