@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(tmp_path, monkeypatch
     assert f"| active subspace, .25 D | 2 | -0.006 | {(gain - 0.006) / 2:+.3f} | {gain:+.3f} | 1 |" in report.gains_table([*lines, *worse])
     layer = [{**line, "source": "demo", "hook_point": "x", "cost": 0.1} for line in lines]
     longer = {**layer[0], "tokens": 4096}
-    arms = report.arms_table([*layer, {**layer[0], "seed": 1, "dead": layer[0]["dead"] + 0.02}, longer], {"x"})
+    arms = report.arms_table([*layer, {**layer[0], "seed": 1, "dead": layer[0]["dead"] + 0.02}, longer], {("demo", "x")})
     assert f"| tied random | 2 | {100 * lines[0]['dead_start']:.1f} ± 0.0 % | {100 * lines[0]['dead'] + 1:.1f} ± 1.0 % |" in arms
     assert arms.count("**demo model, x**") == 2
     assert "4,096 tokens" in arms.split("**demo model, x**")[2]

@@ -13,12 +13,12 @@ INK, PALE, BAND = "#27272a", "#a1a1aa", "#f4f4f5"
 KIND_COLORS = {"hook_attn_out": "#c2410c", "hook_mlp_out": "#0f766e", "hook_resid_post": "#1d4ed8"}
 START_COLORS = {"random": "#c2410c", "active-auto": "#1d4ed8"}
 MARKERS = {"demo": "o", "minilm": "s", "synthetic": "D"}
-LOWEST_SHOWN = -0.06
-"""Explained variance against tied random."""
+LOWEST_SHOWN, HIGHEST_SHOWN = -0.06, 45.0
+"""Explained variance against tied random; dead latents in percent, in the panel of dose and response."""
 SERIES_COLORS = {"demo": ("#fdba74", "#c2410c"), "minilm": ("#93c5fd", "#1d4ed8")}
 
 
-def draw(dimensions: dict[str, dict[str, Line]], results: list[Line], layers: set[str], path: Path) -> None:
+def draw(dimensions: dict[str, dict[str, Line]], results: list[Line], layers: set[tuple[str, str]], path: Path) -> None:
     """Write the figure to `path`."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +34,7 @@ def draw(dimensions: dict[str, dict[str, Line]], results: list[Line], layers: se
             _draw_dimensions(above.add_subplot(grid[0, column]), source, hooks, first=column == 0)
         _draw_dose(above.add_subplot(grid[0, 2]), results)
         shortest = min(line["tokens"] for line in results)
-        lines = [line for line in results if line["hook_point"] in layers and line["tokens"] == shortest]
+        lines = [line for line in results if (line["source"], line["hook_point"]) in layers and line["tokens"] == shortest]
         left, right = below.subplots(1, 2, sharey=True)
         _draw_arms(left, lines, lambda line, _: 100 * line["dead"], "Dead latents at the end, %")
         _draw_arms(
@@ -98,6 +98,9 @@ def _draw_dose(axis: Any, results: list[Line]) -> None:
                 continue
             x = 1 - statistics.fmean(line["effective_rank"] for line in of_arms[arm])
             y = 100 * statistics.fmean(line["dead"] for line in of_arms[arm])
+            if y > HIGHEST_SHOWN:  # an arrow at the edge
+                axis.annotate(f"▲ {y:.0f} %", (x, HIGHEST_SHOWN), color=color, ha="right" if arm == "random" else "left", va="top", fontsize=8.5)
+                continue
             wide = width == widths[source][-1] and len(widths[source]) > 1
             axis.plot(
                 x, y, MARKERS[source], color=color if wide else "white", markeredgecolor=color, markersize=6 if source != "synthetic" else 5, zorder=3
@@ -113,7 +116,7 @@ def _draw_dose(axis: Any, results: list[Line]) -> None:
         axis.plot([], [], MARKERS[source], color=PALE, markersize=6, label=f"{NAMES[source]}, F = {below}")
     axis.plot([], [], "o", color="white", markeredgecolor=PALE, markersize=6, label="open: the narrower width")
     axis.set_xlim(0, 0.75)
-    axis.set_ylim(-0.7, None)
+    axis.set_ylim(-0.7, HIGHEST_SHOWN)
     axis.set_xlabel("share of the space that is not used: 1 - effective rank / D")
     axis.set_title("Dose and response: dead latents, %")
     axis.legend(frameon=False, fontsize=8.5, loc="upper left")

@@ -43,10 +43,12 @@ def gains(results: list[Line], arm: str) -> list[float]:
     return [lines[0]["explained_variance"] - random[key]["explained_variance"] for key, lines in of_arm.items() if key in random]
 
 
-def arms_table(lines: list[Line], layers: set[str]) -> str:
+def arms_table(lines: list[Line], layers: set[tuple[str, str]]) -> str:
     """One table for each model, width and length of training: what the arms came to at the layer that all were trained on."""
     tables = []
-    chosen = sorted((line for line in lines if line["hook_point"] in layers), key=lambda line: (line["source"], line["tokens"], line["d_sae"]))
+    chosen = sorted(
+        (line for line in lines if (line["source"], line["hook_point"]) in layers), key=lambda line: (line["source"], line["tokens"], line["d_sae"])
+    )
     for (source, hook, width, tokens), of_width in groups(chosen, "source", "hook_point", "d_sae", "tokens").items():
         first = of_width[0]
         cost = "ΔCE, nats" if source == "demo" else "1 - cosine"
@@ -138,7 +140,7 @@ def write(folder: Path) -> None:
     from sources import SOURCES
 
     results, dimensions = read_results(folder / "results.jsonl"), read_json(folder / "dimensions.json")
-    layers = {source.layer for source in SOURCES.values()}
+    layers = {(name, source.layer) for name, source in SOURCES.items()}
     dates = sorted({line["date"] for line in results})
     if not dates:
         print("nothing measured yet")
