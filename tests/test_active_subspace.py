@@ -150,7 +150,7 @@ def test_the_figure_is_drawn_of_what_there_is(tmp_path):
     figure.draw(
         {"demo": hooks, "minilm": hooks},
         [{**line, "hook_point": "y"} if line["source"] == "synthetic" else line for line in results],
-        {"x"},
+        {("demo", "x")},
         tmp_path / "figure.png",
     )
     assert (tmp_path / "figure.png").stat().st_size > 10_000
