@@ -42,28 +42,68 @@ inline float sign_of(int64_t d, uint32_t pass) {
     return (hash * 0x297a2d39u) >> 31 ? -1.0f : 1.0f;
 }
 
-// Of LANES vectors at once, lane by lane: vectors[d] holds their components d.
-inline void hadamard(Floats* vectors, int64_t first, int64_t length, uint32_t pass) {
-    const float scale = 1 / __builtin_sqrtf(static_cast<float>(length));
-    for (int64_t d = 0; d < length; d++) vectors[first + d] *= scale * sign_of(first + d, pass);
-    for (int64_t half = 1; half < length; half *= 2) {
-        for (int64_t top = first; top < first + length; top += 2 * half) {
-            for (int64_t d = top; d < top + half; d++) {
-                const Floats left = vectors[d], right = vectors[d + half];
-                vectors[d] = left + right;
-                vectors[d + half] = left - right;
+// Q, applied to LANES vectors at once, lane by lane: vectors[d] holds their components d. Its rounding comes to less than
+// (2 log2(width) + 4) 2^-24 of the length of a vector.
+class Rotation {
+public:
+    explicit Rotation(int64_t width) : width(width) {
+        while (2 * power <= width) power *= 2;
+        factors = static_cast<float*>(malloc(2 * sizeof(float) * static_cast<size_t>(power)));
+        const float scale = 1 / __builtin_sqrtf(static_cast<float>(power));
+        for (int64_t d = 0; d < power; d++) {
+            factors[d] = scale * sign_of(d, 0);
+            factors[power + d] = scale * sign_of(width - power + d, 1);
+        }
+    }
+    ~Rotation() { free(factors); }
+    Rotation(const Rotation&) = delete;
+
+    void operator()(Floats* vectors) const {
+        hadamard(vectors, factors);
+        if (power < width) hadamard(vectors + (width - power), factors + power);
+    }
+
+private:
+    static constexpr int64_t RADIX = 8;  // components that go through three butterflies while they are in registers: all do not fit the first cache
+
+    void hadamard(Floats* vectors, const float* signs) const {
+        for (int64_t half = 1; half < power; half *= RADIX) {
+            for (int64_t top = 0; top < power; top += RADIX * half) {
+                for (int64_t d = top; d < top + half; d++) butterflies(vectors + d, half, power / half, half == 1 ? signs + d : nullptr);
+            }
+        }
+        if (power == 1) vectors[0] *= signs[0];
+    }
+
+    // Of up to RADIX components, `half` apart.
+    static void butterflies(Floats* vectors, int64_t half, int64_t left, const float* signs) {
+        if (left >= RADIX) {
+            Floats v[RADIX];
+            for (int64_t i = 0; i < RADIX; i++) v[i] = signs ? vectors[i * half] * signs[i] : vectors[i * half];
+            for (int64_t step = 1; step < RADIX; step *= 2) {
+                for (int64_t i = 0; i < RADIX; i++) {
+                    if (!(i & step)) butterfly(v[i], v[i + step]);
+                }
+            }
+            for (int64_t i = 0; i < RADIX; i++) vectors[i * half] = v[i];
+            return;
+        }
+        for (int64_t i = 0; signs && i < left; i++) vectors[i * half] *= signs[i];
+        for (int64_t step = 1; step < left; step *= 2) {
+            for (int64_t i = 0; i < left; i++) {
+                if (!(i & step)) butterfly(vectors[i * half], vectors[(i + step) * half]);
             }
         }
     }
-}
+    static void butterfly(Floats& one, Floats& other) {
+        const Floats left = one, right = other;
+        one = left + right;
+        other = left - right;
+    }
 
-// Its rounding comes to less than (2 log2(width) + 4) 2^-24 of the length of a vector.
-inline void rotate(Floats* vectors, int64_t width) {
-    int64_t power = 1;
-    while (2 * power <= width) power *= 2;
-    hadamard(vectors, 0, power, 0);
-    if (power < width) hadamard(vectors, width - power, power, 1);
-}
+    int64_t width, power = 1;
+    float* factors;
+};
 
 struct Rounded {
     Floats scale;           // of each vector: an integer times it is the component

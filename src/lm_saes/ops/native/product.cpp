@@ -86,7 +86,8 @@ void lm_saes_integer_weights(
     const float* W, const float* bias, const float* centre, int64_t width, int64_t n_latents, float* transposed, float* centred, int32_t* panels,
     uint8_t* records, float* scales, float* norms, float* errors, int threads) {
     const bool past_caches = width * n_latents > TOO_LARGE;
-    for_pieces(n_panels(n_latents), 1, threads, [=](int64_t begin, int64_t end) {
+    const Rotation rotate(width);
+    for_pieces(n_panels(n_latents), 1, threads, [=, &rotate](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t panel = begin; panel < end; panel++) {
             for (int64_t v = 0; v < VECTORS; v++) {
@@ -100,7 +101,7 @@ void lm_saes_integer_weights(
                 }
                 for (int64_t l = 0; l < n; l++) centred[first + l] = product[l] + bias[first + l];
                 write_rows(vectors, n, width, transposed + first * width, past_caches);
-                rotate(vectors, width);
+                rotate(vectors);
                 int32_t* const words_of = panels + panel * words(width) * WORDS + v * LANES;
                 const Rounded rounded = to_records(vectors, n, width, ZERO, records + first * record_size(width), [=](int64_t w, Ints bytes) {
                     store(words_of + w * WORDS, bytes);
@@ -122,7 +123,8 @@ void lm_saes_integer_rows(
     const float* x, const float* centre, int64_t n_rows, int64_t width, int32_t* rounded_rows, uint8_t* records, float* scales, int32_t* totals,
     float* norms, float* errors, int threads) {
     constexpr int64_t AT_ONCE = 3 * LANES;
-    for_pieces(tiles(n_rows, AT_ONCE), 1, threads, [=](int64_t begin, int64_t end) {
+    const Rotation rotate(width);
+    for_pieces(tiles(n_rows, AT_ONCE), 1, threads, [=, &rotate](int64_t begin, int64_t end) {
         Vectors vectors(width);
         for (int64_t top = begin * AT_ONCE; top < end * AT_ONCE; top += LANES) {
             const int64_t n = n_rows - top < LANES ? (n_rows > top ? n_rows - top : 0) : LANES;
@@ -132,7 +134,7 @@ void lm_saes_integer_rows(
                 vectors[d] -= centre[d];
                 squares += vectors[d] * vectors[d];
             }
-            rotate(vectors, width);
+            rotate(vectors);
             const Rounded rounded = to_records(vectors, n, width, 0, records + top * record_size(width), [=](int64_t w, Ints bytes) {
                 for (int64_t l = 0; l < LANES; l++) {
                     const int64_t row = top + l;
