@@ -24,7 +24,7 @@ HEADER = 64
 """Bytes before the two halves of a record, and what each half is padded to."""
 
 
-ROOM = 1 << 26
+ROOM = 1 << 27
 """Bytes of keys, at most, where that leaves rows enough to work on."""
 
 
