@@ -23,7 +23,7 @@ from lm_saes.config.dictionaries import CONFIG_FILE, read_dictionary_config
 from lm_saes.devices import resolve_device
 from lm_saes.errors import ConfigError, WeightsError
 from lm_saes.files import flush, parse_json, read_json, write_whole
-from lm_saes.tensor_files import fingerprint, read_safetensors
+from lm_saes.tensor_files import fingerprint, read_safetensors, separate
 
 if TYPE_CHECKING:
     from lm_saes.models.sparse_dictionary import SparseDictionary
@@ -219,7 +219,7 @@ def _weight_dtype(dictionary: SparseDictionary) -> torch.dtype:
 
 
 def _write(cfg: SparseDictionaryConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    own = separate(tensors)
     record = {_MODE: cfg.norm_activation, _CHECKSUM: fingerprint(own)}
     save_file(own, path, metadata={_RECORD: json.dumps(record)})
     flush(path)
