@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any field of SyntheticBenchmarkConfig: `--model.zipf_exponent 0.7 --l0 6`.")]
 
 bench = App(name="bench", help="Benchmarks with known answers.", default_parameter=Parameter(negative=()))
 
 
 @bench.command
 def synthetic(
-    *,
+    *overrides: Overrides,
     size: Literal["mini", "16k"] = "mini",
     seeds: int = 1,
     kinds: str = "all",
@@ -36,7 +38,7 @@ def synthetic(
     samples
         Training samples for each dictionary, if not those of the size.
     out
-        The folder of runs and scores; `runs/bench/synthetic_<size>` if left out.
+        The folder of runs and scores; `runs/bench/synthetic_<size>` if left out. Each generator and protocol wants a folder of its own.
     device
         auto, cpu, cuda, cuda:N or mps.
     baseline
@@ -44,6 +46,10 @@ def synthetic(
         times.
     """
     from lm_saes import bench_commands
+    from lm_saes.config.base import parse_overrides
 
+    changes = parse_overrides(overrides)
+    if samples is not None:
+        changes["n_training_samples"] = samples
     names = None if kinds == "all" else [name.strip() for name in kinds.split(",")]
-    bench_commands.synthetic(size, seeds, names, samples, out or Path("runs/bench") / f"synthetic_{size}", device, baseline or ())
+    bench_commands.synthetic(size, seeds, names, {**changes, "device": device}, out or Path("runs/bench") / f"synthetic_{size}", baseline or ())

@@ -13,7 +13,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from lm_saes import display
-from lm_saes.config.base import validated
+from lm_saes.config.base import merge, validated
 from lm_saes.config.baselines import check_baselines
 from lm_saes.config.synthetic import SyntheticBenchmarkConfig, SyntheticPreset
 from lm_saes.errors import ConfigError, did_you_mean
@@ -46,17 +46,20 @@ PROBE_ROW = "logistic probe"
 
 
 def synthetic(
-    size: SyntheticPreset, seeds: int, kinds: Sequence[str] | None, samples: int | None, out: Path, device: str, baselines: Sequence[str] = ()
+    size: SyntheticPreset, seeds: int, kinds: Sequence[str] | None, changes: Mapping[str, Any], out: Path, baselines: Sequence[str] = ()
 ) -> None:
-    """Train and score what is not there yet, a line for each, then the table of all; also as `table.md` in the folder."""
+    """Train and score what is not there yet, a line for each, then the table of all; also as `table.md` in the folder.
+
+    Args:
+        changes: fields of the benchmark that differ from those of its size.
+    """
     chosen = list(KINDS) if kinds is None else list(dict.fromkeys(kinds))
     if unknown := [name for name in chosen if name not in KINDS]:
         raise ConfigError(f"no kind of dictionary '{unknown[0]}'{did_you_mean(unknown[0], KINDS) or '.'} Kinds: {', '.join(KINDS)}")
     chosen += check_baselines(list(baselines), tuple(BASELINE_KINDS))
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
-    preset = SyntheticBenchmarkConfig.preset(size)
-    cfg = validated(SyntheticBenchmarkConfig, {**preset.as_dict(), "device": device, **({} if samples is None else {"n_training_samples": samples})})
+    cfg = validated(SyntheticBenchmarkConfig, merge(SyntheticBenchmarkConfig.preset(size).as_dict(), changes))
     with disk_errors(str(out)):
         out.mkdir(parents=True, exist_ok=True)
     terminal, began = display.console(), time.monotonic()

@@ -147,6 +147,14 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys):
     assert f"{sum(scores) / 2:.3f} ± {abs(scores[0] - scores[1]) / 2:.3f}" in table
 
 
+def test_any_field_of_the_benchmark_can_be_set(tmp_path, monkeypatch):
+    words = ["--model.zipf_exponent", "0.7", "--model.n_roots=0", "--l0", "4", "--samples", "640"]
+    assert run(monkeypatch, "--kinds", "topk", "--out", str(tmp_path), *words) == 0
+    kept = json.loads((tmp_path / "benchmark.json").read_text())
+    expected = {**TINY, "model": {**TINY["model"], "zipf_exponent": 0.7, "n_roots": 0}, "l0": 4, "n_training_samples": 640}
+    assert kept == SyntheticBenchmarkConfig.model_validate(expected).model_dump(mode="json", exclude={"device"})
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -157,6 +165,8 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys):
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--samples", "0"], "n_training_samples: Input should be greater than or equal to 1 (got 0)"),
         (["--device", "gpu"], "device"),
+        (["--model.zipf_exponnt", "1"], "model: SyntheticModelConfig has no field 'zipf_exponnt'; did you mean 'zipf_exponent'?"),
+        (["--l0", "24"], "l0 must be below d_sae = 24, got 24"),
     ],
 )
 def test_misuse_is_one_line(words, message, tmp_path, monkeypatch, capsys):

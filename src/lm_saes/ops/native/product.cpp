@@ -157,7 +157,7 @@ void lm_saes_integer_product(
     const int32_t* panels, const float* scales, const float* norms, const float* errors, const float* centred, const float* gate_norm, float centre,
     int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int16_t* keys, int16_t* maxima, int threads) {
     const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
-    const int64_t steps = words(width), per_group = panels_per_group(n_latents, k), stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    const int64_t steps = words(width), per_group = panels_per_group(n_latents, k), stride = keys_per_row(n_latents), n_groups = groups(n_latents, k);
     for_pieces(n_panels(n_latents), per_group, threads, [=, &screen](int64_t begin, int64_t end) {
         Factors* const factors = static_cast<Factors*>(malloc(sizeof(Factors) * static_cast<size_t>(n_rows)));
         for (int64_t i = 0; i < n_rows; i++) factors[i] = factors_of(screen, row_norms[i], row_errors[i]);

@@ -67,7 +67,7 @@ void topk_rows(
     const Screen& screen, const Weights& weights, const Rows& rows, const int16_t* keys, const int16_t* maxima, const float* x, int64_t n_rows, int64_t k,
     int64_t most, Scratch& scratch, float* values, int64_t* indices, int64_t* products) {
     auto& [memory, found, likely, close, others, likely_end, others_end, looked_at, bounds, least] = scratch;
-    const int64_t F = screen.n_latents, stride = n_panels(F) * PANEL, n_groups = groups(F, k);
+    const int64_t F = screen.n_latents, stride = keys_per_row(F), n_groups = groups(F, k);
     likely.clear(), close.clear(), others.clear();
     for (int64_t i = 0; i < n_rows; i++) {
         const Shorts bound = shorts(bounds[i] = kth_largest(maxima + i * n_groups, n_groups, k));
@@ -196,7 +196,7 @@ void lm_saes_screen_bounds(
     const uint16_t* product, const float* row_norms, const float* row_errors, const float* norms, const float* errors, const float* centred,
     const float* gate_norm, float centre, int64_t n_rows, int64_t width, int64_t n_latents, int64_t k, int16_t* keys, int16_t* maxima, int threads) {
     const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
-    const int64_t per_group = panels_per_group(n_latents, k), stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    const int64_t per_group = panels_per_group(n_latents, k), stride = keys_per_row(n_latents), n_groups = groups(n_latents, k);
     for_pieces(n_rows, ROWS, threads, [=, &screen](int64_t begin, int64_t end) {
         for (int64_t panel = 0; panel < n_panels(n_latents); panel++) {
             const Panel latents(screen, panel);
@@ -225,7 +225,7 @@ void lm_saes_screened_topk(
     const Screen screen{norms, errors, centred, gate_norm, centre, width, n_latents};
     const Weights weights{transposed, bias, records};
     const Rows rows{row_norms, row_errors, row_records};
-    const int64_t stride = n_panels(n_latents) * PANEL, n_groups = groups(n_latents, k);
+    const int64_t stride = keys_per_row(n_latents), n_groups = groups(n_latents, k);
     for_pieces(n_rows, rows_at_a_time(n_rows, threads), threads, [=, &screen](int64_t begin, int64_t end) {
         Scratch scratch(n_latents);
         for (int64_t i = begin; i < end; i += BLOCK) {
@@ -241,7 +241,7 @@ void lm_saes_screened_count(const int16_t* keys, const int16_t* floors, int64_t 
     for_pieces(n_rows, ROWS, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             int64_t n = 0;
-            scan_keys(keys + i * n_panels(n_latents) * PANEL, n_latents, [=](int64_t j) { return load(floors + j); }, [&](int64_t) { n++; });
+            scan_keys(keys + i * keys_per_row(n_latents), n_latents, [=](int64_t j) { return load(floors + j); }, [&](int64_t) { n++; });
             counts[i] = n;
         }
     });
@@ -264,7 +264,7 @@ void lm_saes_screened_above(
             possible.clear(), chosen.clear();
             for (int64_t i = top; i < stop; i++) {
                 if (skip[i]) continue;
-                scan_keys(keys + i * n_panels(n_latents) * PANEL, n_latents, [=](int64_t j) { return load(floor_keys + j); }, [&](int64_t j) {
+                scan_keys(keys + i * keys_per_row(n_latents), n_latents, [=](int64_t j) { return load(floor_keys + j); }, [&](int64_t j) {
                     possible.add({static_cast<int32_t>(i - top), static_cast<int32_t>(j), 0});
                 });
             }

@@ -56,10 +56,12 @@ inline Ints keys_above(Floats numbers) {
     const Ints key = up > 0x7fff ? Ints{} + 0x7fff : up;
     return numbers <= Floats{} ? Ints{} : key;
 }
+
 constexpr int64_t PANEL = 32;       // latents whose bounds are written at a time
 constexpr int64_t VECTORS = PANEL / LANES;
 constexpr int64_t MOST_PANELS = 8;  // of a group
 inline int64_t n_panels(int64_t n_latents) { return (n_latents + PANEL - 1) / PANEL; }
+inline int64_t keys_per_row(int64_t n_latents) { return n_panels(n_latents) * PANEL; }
 
 // A group has one latent of each of some consecutive panels. There are about GROUPS_PER_ENTRY groups for each entry wanted, or more.
 inline int64_t panels_per_group(int64_t n_latents, int64_t k) {

@@ -4,8 +4,6 @@
 // and are never selected.
 #pragma once
 
-#include <type_traits>
-
 #include "vector.h"
 
 namespace {
@@ -23,51 +21,6 @@ inline float float_of(int32_t key) {
     float q;
     memcpy(&q, &key, sizeof q);
     return q;
-}
-
-// A vector of a row, with zeros past its end.
-template <bool TAIL>
-inline Floats read(const float* row, int64_t j, int64_t length) {
-    return TAIL ? load_tail(row + j, length - j) : load(row + j);
-}
-
-// found(j), in ascending order, for all j < length where comparison(whether the vector at j is incomplete, j) is true.
-template <class Comparison, class Found>
-inline void scan(int64_t length, const Comparison& comparison, const Found& found) {
-    constexpr int AT_ONCE = 4;  // vectors per look: entries are few
-    int64_t j = 0;
-    for (; j + AT_ONCE * LANES <= length; j += AT_ONCE * LANES) {
-        uint64_t word = 0;
-        for (int v = 0; v < AT_ONCE; v++) word |= bits(comparison(std::false_type{}, j + v * LANES)) << (v * LANES);
-        for (; word; word &= word - 1) found(j + __builtin_ctzll(word));
-    }
-    for (; j + LANES <= length; j += LANES) {
-        for (uint64_t word = bits(comparison(std::false_type{}, j)); word; word &= word - 1) found(j + __builtin_ctzll(word));
-    }
-    if (j < length) {
-        const uint64_t inside = (uint64_t{1} << (length - j)) - 1;
-        for (uint64_t word = bits(comparison(std::true_type{}, j)) & inside; word; word &= word - 1) found(j + __builtin_ctzll(word));
-    }
-}
-
-// The maxima of groups of numbers, at least 0 each: q(tail, j) gives the vector at j. At least `wanted` groups, or one for each number; each
-// lane of consecutive vectors is a group. Returns how many maxima it wrote; there is room for length + LANES.
-template <class Values>
-inline int64_t group_maxima(int64_t length, int64_t wanted, const Values& q, int32_t* maxima) {
-    const int64_t n_vectors = (length + LANES - 1) / LANES;
-    const int64_t per_group = n_vectors * LANES / wanted > 0 ? n_vectors * LANES / wanted : 1;
-    int64_t written = 0;
-    for (int64_t v = 0; v < n_vectors; v += per_group) {
-        Floats maximum = {};
-        const int64_t end = v + per_group < n_vectors ? v + per_group : n_vectors;
-        for (int64_t i = v; i < end; i++) {
-            const bool tail = (i + 1) * LANES > length;
-            maximum = larger(tail ? q(std::true_type{}, i * LANES) : q(std::false_type{}, i * LANES), maximum);
-        }
-        store(reinterpret_cast<float*>(maxima + written), maximum);
-        written += LANES;
-    }
-    return written;
 }
 
 // A bound that at least k of the n keys reach (n a multiple of LANES, k <= n), and no more than k + slack where keys differ: between the k-th and the
