@@ -28,7 +28,7 @@ from lm_saes.activations.prefetch import automatic_depth
 from lm_saes.assembly import dictionary_config
 from lm_saes.config import ActivationFactoryTarget, InitializerConfig, SAEConfig, TrainerConfig, TrainSAESettings
 from lm_saes.models.statistics import MEDIAN_MAX_TOKENS
-from lm_saes.ops.native.products import Integers, rows_in_room
+from lm_saes.ops.native.products import Integers, kept_bytes, rows_in_room
 from lm_saes.ops.sparse import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -185,10 +185,11 @@ def step_bytes(cfg: SAEConfig, trainer: TrainerConfig, batch: Batch, device: tor
 
 def _encoding_bytes(cfg: SAEConfig, rows: int, how: str) -> int:
     """What the product with the encoder takes: the block of rows that is made, the one before it, for torch's selection its gate values, for
-    BatchTopK one more, since it goes through the rows twice. Screened: the weights transposed, and in 16 bits of one form or another; the bounds
-    of a block in 16 bits."""
+    BatchTopK one more, since it goes through the rows twice. Screened: the weights as integers need them, which is more than bfloat16 takes; of a
+    block the bounds in 16 bits, and its rows in integers, twice and the rest."""
     if how == "screened" and not cfg.use_glu_encoder:
-        return cfg.d_model * cfg.d_sae * (4 + 2) + 2 * min(rows, rows_in_room(Integers.rows_at_once, cfg.d_sae)) * cfg.d_sae
+        block = min(rows, rows_in_room(Integers.rows_at_once, cfg.d_sae))
+        return kept_bytes(Integers, cfg.d_model, cfg.d_sae) + block * (2 * cfg.d_sae + 3 * cfg.d_model)
     block = min(rows, ROWS_AT_ONCE) * cfg.d_sae
     blocks = 2 + (how == "sparse") + (cfg.act_fn == "batchtopk") + (3 if cfg.use_glu_encoder else 0)  # gated: both factors, twice, and their product
     return blocks * block * _width(cfg)

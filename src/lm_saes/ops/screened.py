@@ -71,6 +71,7 @@ def _screened(x: Float[Tensor, "N D"], encoder: Encoder, select: Callable[[Scree
         sample = select(screened, x[:SAMPLED_ROWS])
         if _wasted(sample, encoder.W.shape[1]) <= encoder.W.shape[1] / WASTED:
             return _joined(sample, select(screened, x[SAMPLED_ROWS:]))
+        del screened  # before the other kind takes as much memory again
     if native.bfloat16_pays() or not native.integers_pay():
         return select(ScreenedEncoder(encoder.W, encoder.b, encoder.gate_norm, Bfloat16), x)
     return None

@@ -144,6 +144,13 @@ def integers_pay() -> bool:
     return library.has_fast_integers()
 
 
+def kept_bytes(kind: type[Rounding], width: int, n_latents: int) -> int:
+    """Bytes that weights take as a kind of product needs them."""
+    with torch.device("meta"):
+        kept = vars(kind(width, n_latents))
+    return sum(part.nbytes for part in kept.values() if isinstance(part, Tensor))
+
+
 def rows_in_room(most: int, n_latents: int) -> int:
     """Rows whose keys are made at once: `most`, or as many as there is room for."""
     return min(most, max(ROOM // (2 * n_latents), TILE) // TILE * TILE)
