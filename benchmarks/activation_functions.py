@@ -58,13 +58,13 @@ COLUMNS = {
 class Batches:
     """Captured activations, given out in a fixed order."""
 
-    def __init__(self, activations: torch.Tensor, tokens: torch.Tensor):
-        self.activations, self.tokens = activations, tokens
+    def __init__(self, activations: torch.Tensor, tokens: torch.Tensor, hook: str = HOOK):
+        self.activations, self.tokens, self.hook = activations, tokens, hook
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(self.tokens) - BATCH + 1, BATCH):
             rows = slice(start, start + BATCH)
-            yield {HOOK: self.activations[rows].float(), "tokens": self.tokens[rows], "mask": torch.ones(BATCH, dtype=torch.bool)}
+            yield {self.hook: self.activations[rows].float(), "tokens": self.tokens[rows], "mask": torch.ones(BATCH, dtype=torch.bool)}
 
 
 def capture(model: Any, n_tokens: int, seed: int) -> Batches:
@@ -125,9 +125,9 @@ def train(arm: str, batches: Batches, model: Any, l0: int, expansion: int, seed:
     return {**metrics, "seconds": seconds}
 
 
-def row(name: str, results: list[dict[str, Any]]) -> str:
+def row(name: str, results: list[dict[str, Any]], columns: dict[str, tuple[str, str, str]] = COLUMNS) -> str:
     cells = []
-    for metric, mean_format, spread_format in COLUMNS.values():
+    for metric, mean_format, spread_format in columns.values():
         values = [result[metric] for result in results]
         mean, half_range = sum(values) / len(values), (max(values) - min(values)) / 2
         cells.append(mean_format.format(mean) + (f" ± {spread_format.format(half_range)}" if len(values) > 1 else ""))
