@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,14 @@ PARTS = ("nested", "annealed", "3 lr")
 MINILM_COLUMNS = {name: COLUMNS[name] for name in ("L0", "explained variance", "dead", "dense")}
 
 
-def name_of(parts: frozenset[str]) -> str:
-    return " + ".join(["batchtopk", *(part for part in PARTS if part in parts)])
+def name_of(parts: tuple[str, ...]) -> str:
+    return " + ".join(["batchtopk", *parts])
 
 
-ARMS = {
-    name_of(parts): parts
-    for parts in (frozenset(part for part, on in zip(PARTS, mask, strict=True) if on) for mask in product((False, True), repeat=3))
-}
+ARMS = {name_of(parts): parts for size in range(len(PARTS) + 1) for parts in combinations(PARTS, size)}
 
 
-def train(parts: frozenset[str], batches: Batches, hook: str, d_model: int, l0: int, expansion: int, seed: int) -> tuple[Any, float]:
+def train(parts: tuple[str, ...], batches: Batches, hook: str, d_model: int, l0: int, expansion: int, seed: int) -> tuple[Any, float]:
     """A dictionary with some parts of the recipe, and the seconds of its training."""
     d_sae, stream = d_model * expansion, iter(batches)
     matryoshka = MatryoshkaConfig(widths=tuple(d_sae // share for share in NESTED)) if "nested" in parts else None
