@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm_saes import devices
 from lm_saes.config import LanguageModelConfig
 from lm_saes.errors import HookPointError, LanguageModelError
 from lm_saes.lm.language_model import load_model
@@ -27,6 +28,16 @@ def test_without_it_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
     with pytest.raises(LanguageModelError, match=r'pip install "transformer-lens>=4\.0"'):
         load_model(config(Path("demo")))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("backend", ["huggingface", pytest.param("transformer_lens", marks=installed)])
+def test_linear_layers_of_either_backend_run_on_the_fast_product(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, used = load_model(config(save_tiny("llama", tmp_path), backend)), list[int]()
+    fast = devices.fast_linear
+    monkeypatch.setattr(devices, "fast_linear", lambda *tensors: used.append(1) or fast(*tensors))
+    model.logits(IDS.repeat(8, 1), edits={"blocks.0.hook_resid_post": lambda x: x})
+    assert len(used) >= 7 * model.n_layers  # four of attention, three of the MLP
 
 
 @installed

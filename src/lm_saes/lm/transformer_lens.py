@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.config import LanguageModelConfig
+from lm_saes.devices import FastLinear
 from lm_saes.errors import HookPointError, LanguageModelError
 from lm_saes.lm.hooks import evaluating
 from lm_saes.lm.language_model import Edit, LanguageModel
@@ -73,7 +74,7 @@ class TransformerLensLanguageModel(LanguageModel):
     def _run(self, ids: Tensor, attention_mask: Tensor | None, hooks: list[tuple[str, Callable[..., Any]]]) -> Tensor:
         inputs = self._plain.inputs(ids, attention_mask)
         ids = inputs.pop("input_ids")
-        with evaluating(self.model):
+        with evaluating(self.model), FastLinear():
             return self.model.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits", **inputs)
 
     @torch.no_grad()
