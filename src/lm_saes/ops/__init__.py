@@ -119,9 +119,8 @@ def threshold_codes(x: Float[Tensor, "N D"], encoder: Encoder, threshold: Tensor
 def jumprelu_codes(x: Float[Tensor, "N D"], encoder: Encoder, threshold: Float[Tensor, " F"], window: float) -> Codes:
     """JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): `threshold_codes` with a straight-through gradient to the threshold.
 
-    With c the code, theta the threshold, eps the full width of the window and n the norm in the gate (1 where it has none):
-    dc/dh = 1[q > theta and h > 0];  dc/dtheta = -(theta / n / eps) 1[|q - theta| < eps / 2] 1[h > 0];  dc/dq = 0.
-    The code jumps from 0 to h = theta / n where q = h n passes theta (docs/decisions/006).
+    With c the code, theta the threshold and eps the full width of the window:
+    dc/dh = 1[q > theta and h > 0];  dc/dtheta = -(theta / eps) 1[|q - theta| < eps / 2] 1[h > 0];  dc/dq = 0.
     """
     return _implementation(x).jumprelu_codes(x, encoder, threshold, window)
 

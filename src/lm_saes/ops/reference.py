@@ -91,10 +91,10 @@ class _JumpReLU(torch.autograd.Function):
     """The gate of JumpReLU with its straight-through gradient (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3)."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, q: Tensor, threshold: Tensor, window: float, jump: Tensor) -> Tensor:
+    def forward(ctx, h: Tensor, q: Tensor, threshold: Tensor, window: float) -> Tensor:
         fires = (q > threshold) & (h > 0)
         near = ((q - threshold).abs() < window / 2) & (h > 0)
-        ctx.save_for_backward(fires, near, jump)
+        ctx.save_for_backward(fires, near, threshold)
         ctx.window = window
         return torch.where(fires, h, 0.0)
 
@@ -102,32 +102,22 @@ class _JumpReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
-        fires, near, jump = ctx.saved_tensors
+        fires, near, threshold = ctx.saved_tensors
         to_h = torch.where(fires, gradient, 0.0) if ctx.needs_input_grad[0] else None
         to_threshold = None
         if ctx.needs_input_grad[2]:
-            to_threshold = -jump / ctx.window * torch.where(near, at_least_float32(gradient), 0.0).sum_to_size(jump.shape)
-        return to_h, None, to_threshold, None, None
+            to_threshold = -threshold / ctx.window * torch.where(near, at_least_float32(gradient), 0.0).sum_to_size(threshold.shape)
+        return to_h, None, to_threshold, None
 
 
-def jumprelu(
-    h: Float[Tensor, "*shape"],
-    q: Float[Tensor, "*shape"],
-    threshold: Float[Tensor, "*latents"],
-    window: float,
-    gate_norm: Float[Tensor, "*latents"] | None = None,
-) -> Float[Tensor, "*shape"]:
-    """The gate of JumpReLU, elementwise; h and q may be [N, F] with a threshold (and gate_norm) [F], or entries with one each."""
-    jump = threshold.detach()
-    if gate_norm is not None:  # q = h n reaches theta where h is theta / n; a row of norm zero never gets there
-        norm = at_least_float32(gate_norm.detach())
-        jump = torch.where(norm > 0, jump / torch.where(norm > 0, norm, 1.0), 0.0)
-    return _JumpReLU.apply(h, q.detach(), threshold, window, jump)  # pyright: ignore[reportReturnType]
+def jumprelu(h: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"], threshold: Float[Tensor, "*latents"], window: float) -> Float[Tensor, "*shape"]:
+    """The gate of JumpReLU, elementwise; h and q may be [N, F] with a threshold [F], or entries with a threshold each."""
+    return _JumpReLU.apply(h, q.detach(), threshold, window)  # pyright: ignore[reportReturnType]
 
 
 def jumprelu_codes(x: Float[Tensor, "N D"], encoder: Encoder, threshold: Float[Tensor, " F"], window: float) -> Float[Tensor, "N F"]:
     h = pre_activations(x, encoder)
-    return jumprelu(h, gate_values(h.detach(), encoder), threshold, window, encoder.gate_norm)
+    return jumprelu(h, gate_values(h.detach(), encoder), threshold, window)
 
 
 def decode(codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:

@@ -85,9 +85,7 @@ class SparseOps:
             return reference.jumprelu_codes(x, encoder, threshold, window)
         candidates = SparseCodes(found.h, found.indices, _offsets(found.counts), encoder.W.shape[1])
         candidates = self._differentiable(x, encoder, candidates, found.factors)
-        theta, norm = (None if part is None else part.index_select(0, found.indices) for part in (threshold, encoder.gate_norm))
-        assert theta is not None
-        return candidates.with_values(reference.jumprelu(candidates.values, found.q, theta, window, norm))
+        return candidates.with_values(reference.jumprelu(candidates.values, found.q, threshold.index_select(0, found.indices), window))
 
     def decode(self, codes: Codes, W_D: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
         if not isinstance(codes, SparseCodes):
