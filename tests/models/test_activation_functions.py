@@ -113,6 +113,38 @@ def test_jumprelu_gradients_equal_the_formulas(include_norm, glu):
     assert dictionary.W_D.grad is None, "no gradient flows through the gate"
 
 
+@pytest.mark.parametrize("include_norm", [True, False])
+@pytest.mark.parametrize("norm", [0.25, 1.0, 4.0])
+def test_jumprelu_moves_thresholds_as_the_mean_loss_does(norm, include_norm):
+    """The straight-through gradient of a whole distribution of inputs is the slope of its mean loss, times the decoder row's norm where the gate
+    includes it (docs/training.md says why that does no harm). One latent over a fine grid of inputs, whose mean loss is smooth in the threshold."""
+    dictionary = build(
+        {"act_fn": "jumprelu", "sparsity_include_decoder_norm": include_norm}, d_model=1, expansion_factor=1, jumprelu_threshold_window=0.02
+    )
+    log_theta = dictionary.activation_function.log_jumprelu_threshold
+    with torch.no_grad():
+        dictionary.W_D.fill_(norm)
+        dictionary.W_E.fill_(1 / norm)
+        dictionary.b_E.zero_()
+        dictionary.b_D.fill_(0.1)
+        log_theta.fill_(math.log(0.5 if include_norm else 0.5 / norm))  # q = x if the gate includes the norm, else x / norm
+    dictionary.activation_function.window = 0.02 if include_norm else 0.02 / norm
+    x = torch.linspace(0, 2, 200_001, dtype=torch.float64)[:, None]
+
+    def loss():
+        return dictionary.compute_loss({"in": x}, sparsity_loss_type="power", l1_coefficient=3.0, return_aux_data=False)
+
+    loss().backward()
+    sides = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            log_theta += step
+            sides.append(loss().item())
+    slope = (sides[0] - sides[1]) / 2e-3
+    assert abs(slope) > 0.1, "the example shows nothing"
+    assert log_theta.grad.item() == pytest.approx(slope * (norm if include_norm else 1), rel=0.02)
+
+
 def test_rescaling_thresholds():
     for act_fn, read in {
         "jumprelu": lambda a: a.learned_threshold().detach(),
