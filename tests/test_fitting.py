@@ -153,11 +153,33 @@ def test_what_cannot_fit_is_refused_in_one_line(settings: TrainSAESettings, monk
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
-    assert fitting._left_to_container(tmp_path) == 2**62
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
-    assert fitting._left_to_container(tmp_path) == 450
-    (tmp_path / "memory.max").write_text("max\n")
-    assert fitting._left_to_container(tmp_path) == 2**62
+def groups(system: Path, of_this_process: str, tree: dict[str, tuple[str, int, int]]) -> list[int]:
+    """What is left to a process of a system with these control groups: limit, use and inactive files of each."""
+    (system / "proc/self").mkdir(parents=True)
+    (system / "proc/self/cgroup").write_text(of_this_process)
+    for name, (limit, used, files) in tree.items():
+        folder = system / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        old = name.startswith("memory")
+        (folder / ("memory.limit_in_bytes" if old else "memory.max")).write_text(f"{limit}\n")
+        (folder / ("memory.usage_in_bytes" if old else "memory.current")).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 500\ninactive_file {0 if old else files}\nactive_file 50\ntotal_inactive_file {files}\n")
+    return list(fitting._left_to_groups(system))
+
+
+def test_a_process_has_what_the_limits_of_its_groups_leave(tmp_path: Path) -> None:
+    own = {"job/step": ("max", 10, 5), "job": ("1000", 700, 150), "another": ("1", 1, 0)}
+    assert groups(tmp_path, "0::/job/step\n", own) == [450]  # the root has none of these files
+
+
+def test_inside_a_container_the_root_is_its_own_group(tmp_path: Path) -> None:
+    assert groups(tmp_path, "0::/docker/of-the-host\n", {"": ("1000", 1100, 50)}) == [0]
+
+
+def test_control_groups_of_the_older_kind(tmp_path: Path) -> None:
+    own = {"memory/job": ("1000", 700, 150), "memory": (str(2**63 - 4096), 900, 0), "cpu/job": ("1", 1, 0)}
+    assert groups(tmp_path, "5:cpu:/job\n4:hugetlb,memory:/job\n0::/\n", own) == [450, 2**63 - 4096 - 900]
+
+
+def test_without_control_groups_there_are_no_limits(tmp_path: Path) -> None:
+    assert list(fitting._left_to_groups(tmp_path)) == []

@@ -7,7 +7,8 @@ unless an option looks at the whole batch at once (BatchTopK, tanh-quad, AuxK).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
 
 MOST_MICRO_BATCHES = 64
+UNKNOWN = 2**62
+"""Bytes that a system has which nobody asked (Windows): there nothing is refused."""
 _FIELD = "gradient_accumulation_steps"
 
 
@@ -65,23 +68,32 @@ def available_memory(device: torch.device) -> int:
     """Bytes that a run could have on the device: what is free (says the driver on CUDA, the system elsewhere) and what this process has."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    try:
+    with suppress(OSError):  # only Linux says what is free
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, _left_to_container()) + resident_memory()
-    except OSError:  # only Linux says what is free; all there is, then
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                return min(int(line.split()[1]) * 1024, *_left_to_groups()) + resident_memory()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else UNKNOWN  # all there is, then
 
 
-def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the container this runs in may still take, cached files not counted as taken; a very large number where it has no limit."""
-    try:
-        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
-        files = next(int(line.split()[1]) for line in (folder / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
-        return 2**62 if limit == "max" else max(0, int(limit) - used + files)
-    except (OSError, StopIteration, ValueError):
-        return 2**62
+def _left_to_groups(system: Path = Path("/")) -> Iterator[int]:
+    """Bytes that each control group with a limit which this process is in (a container, a job of a cluster) may still take. A group is in its parents,
+    too; cached files are not counted as taken. https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html for the older kind."""
+    with suppress(OSError):  # a system without control groups
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if not controllers:
+                tree, names = system / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                tree, names = system / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = tree / own.strip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(tree):  # a container may see its own group as the tree, and a path of the host that is not there
+                    with suppress(OSError, StopIteration, ValueError):  # the root has no limit, and one without a limit says "max"
+                        limit, used = (int((folder / name).read_text()) for name in names[:2])
+                        fields = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                        yield max(0, limit - used + next(int(number) for name, number in fields if name == names[2]))
 
 
 def _may_be_cut(settings: TrainSAESettings) -> bool:
