@@ -172,8 +172,10 @@ def auxk_loss(dictionary: HasLosses, inputs: LossInputs, k_aux: int = 512) -> Fl
     """AuxK: V * mean ||e - e^||^2 / mean ||e||^2 (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
 
     e = y - x^ is the error, detached; e^ the reconstruction of it by the k_aux dead latents of largest relu(q), without b_D. The
-    quotient is one of means over the mask, as in the paper's code, so that a token without error does no harm; V (detached) gives it
-    the weight that it has there, where the reconstruction loss is divided by V. Only dead latents get gradient. Zero if none is dead.
+    quotient is one of means over the mask, as in the paper's code, so that a token without error does no harm. (There the
+    denominator is the variance of e in the batch, mean ||e - mean e||^2: the same where b_D leaves no mean error.) V (detached)
+    gives it the weight that it has there, where the reconstruction loss is divided by V. Only dead latents get gradient. Zero if
+    none is dead.
     """
     target = at_least_float32(inputs.target)
     dead = None if inputs.dead is None else inputs.dead.nonzero().flatten()
