@@ -172,7 +172,12 @@ def existing_part(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Some file systems (mounted drives of the cloud) do not do that for folders."""
+    """Wait until a file, or the names in a folder, are on the disk. Windows does it for files that are open for writing, and not for folders; some other
+    file systems (mounted drives of the cloud) do not do it for folders either."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -180,5 +185,5 @@ def flush(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as fault:
-        if not path.is_dir() or fault.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
             raise

@@ -179,6 +179,26 @@ def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
         write(tmp_path, 2)
 
 
+def test_a_system_that_flushes_only_files_open_for_writing_will_do(tmp_path, monkeypatch):
+    """As Windows."""
+    open_, flushed = os.open, set[int]()
+
+    def no_folders(path, flags, *arguments, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_(path, flags, *arguments, **options)
+
+    def writable_only(descriptor: int) -> None:
+        os.write(descriptor, b"")  # EBADF where it is open for reading
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr("os.open", no_folders)
+    monkeypatch.setattr("os.fsync", writable_only)
+    path = write(tmp_path, 1)
+    assert is_whole(path)
+    assert {file.stat().st_ino for file in [*path.rglob("*"), path.parent / "latest"] if file.is_file()} <= flushed
+
+
 def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "a.json", {"x": [1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1]}
