@@ -59,12 +59,13 @@ KINDS = {
     "matryoshka": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2)),
     "matryoshka-annealed": Kind({"act_fn": "batchtopk"}, _AUXK, nested=(32, 8, 2), annealed_k=(2.4, 0.875), lr=3.0),
     "topk": Kind({"act_fn": "topk"}, _AUXK),
-    "jumprelu": Kind({"act_fn": "jumprelu"}, _TANH, {"init_log_jumprelu_threshold_value": 0.0}),
+    "jumprelu": Kind({"act_fn": "jumprelu"}, {**_TANH, "jumprelu_lr_factor": 3.0}, {"init_log_jumprelu_threshold_value": 0.0}),
     "relu": Kind({"act_fn": "relu"}, _L1),
 }
 """What is compared. Of the published protocol: Adam at one learning rate, L0 by k or by steering the penalty, Matryoshka's widths in the
-ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's warm-up and decay, and "matryoshka-annealed": k begins
-far above the L0 of the others and ends somewhat below it, at three times their learning rate."""
+ratio 1/32, 1/8, 1/2, 1, JumpReLU's thresholds starting at 1. This library's own: the start, AuxK's weight, the penalties, the learning rate's
+warm-up and decay; JumpReLU's thresholds learn three times as fast, else they follow the penalty too late to reach the L0 in so short a run; and
+"matryoshka-annealed": k begins far above the L0 of the others and ends somewhat below it, at three times their learning rate."""
 
 BASELINE_KINDS = {
     "frozen-decoder": Kind({"act_fn": "batchtopk"}, {**_AUXK, "frozen": "decoder"}),
