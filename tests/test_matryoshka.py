@@ -17,18 +17,20 @@ from tests.models.variants import FACTORS, batch, build, name_of, pairwise
 from tests.training.synthetic import HOOK, SyntheticStream, make_dictionary
 
 WIDTHS, WEIGHTS = (2, 5, 9), (0.5, 1.0, 2.0)
-VARIANTS = pairwise({name: FACTORS[name] for name in ("act_fn", "use_glu_encoder", "use_decoder_bias", "sparsity_include_decoder_norm")})
+VARIANTS = pairwise(
+    {name: FACTORS[name] for name in ("act_fn", "use_glu_encoder", "use_decoder_bias", "sparsity_include_decoder_norm", "transcoder")}
+)
 IMPLEMENTATIONS = ["reference", "sparse"]
 
 
 def definition(dictionary, x, y, mask, detach) -> torch.Tensor:
     """Every prefix decoded on its own, with dense codes."""
     codes = ops.to_dense(dictionary.run(x, mask=mask).codes)
-    bias = 0 if dictionary.b_D is None else dictionary.b_D
+    rest = (0 if dictionary.b_D is None else dictionary.b_D) + (0 if dictionary.W_skip is None else x @ dictionary.W_skip)
     total = torch.zeros((), dtype=x.dtype)
     for level, (width, weight) in enumerate(zip(WIDTHS, WEIGHTS, strict=True)):
         inner = WIDTHS[level - 1] if level else 0
-        known = codes[:, :inner] @ dictionary.W_D[:inner] + bias
+        known = codes[:, :inner] @ dictionary.W_D[:inner] + rest
         if detach and level:
             known = known.detach()
         reconstruction = known + codes[:, inner:width] @ dictionary.W_D[inner:width]

@@ -263,3 +263,13 @@ def test_what_the_initializer_uses():
     codes = dictionary.encode(raw["in"])
     torch.testing.assert_close(dictionary.decode_coo(codes.to_sparse_coo()), dictionary.decode(codes))
     assert build({"act_fn": "relu", "use_decoder_bias": False}).decoder_bias_norm() == 0
+
+
+def test_the_active_subspace_is_that_of_the_kept_labels():
+    """Not of the inputs, and not of tokens outside the mask."""
+    dictionary, raw = build({"act_fn": "relu", "transcoder": True}), batch(n=40)
+    basis = torch.linalg.qr(torch.randn(D, 2, dtype=torch.float64)).Q
+    labels = torch.randn(40, 2, dtype=torch.float64) @ basis.T
+    raw["out"] = torch.where(raw["mask"][:, None], labels, 100 * torch.randn(40, D, dtype=torch.float64))
+    dictionary.init_W_D_with_active_subspace(raw, 2)
+    torch.testing.assert_close(dictionary.W_D @ basis @ basis.T, dictionary.W_D)
