@@ -346,3 +346,46 @@ def test_language_model_config_of_a_saved_dictionary(tmp_path):
 
 def test_remote_code_is_off_by_default():
     assert LanguageModelConfig().trust_remote_code is False
+
+
+@pytest.mark.parametrize("build", [sae, LanguageModelConfig], ids=["dictionary", "language model"])
+def test_weights_are_floating_point_numbers(build):
+    """Integers passed before, and ended in a traceback of torch."""
+    with pytest.raises(ValidationError, match="floating-point numbers: bfloat16, float16, float32, float64; got 'int8'"):
+        build(dtype="int8")
+
+
+@pytest.mark.parametrize("act_fn", ["topk", "batchtopk"])
+def test_a_top_k_that_lets_nothing_fire_is_refused(act_fn):
+    with pytest.raises(ValidationError, match="top_k must be at least 1 and at most d_sae = 64, got 0; set how many"):
+        sae(d_model=8, expansion_factor=8, act_fn=act_fn, top_k=0)
+    assert sae(d_model=8, expansion_factor=8, act_fn="relu", top_k=0).top_k == 0  # no k there
+
+
+def test_a_source_of_an_unknown_type_is_told_which_there_are():
+    with pytest.raises(ConfigError, match=r"^sources.0: no type 'datset'; there are 'dataset', 'activations'$"):
+        validated(ActivationFactoryConfig, {"sources": [{"name": "a", "type": "datset"}], "hook_points": ["h"], "batch_size": 1})
+
+
+def settings_table(**changes):
+    return {
+        "sae_name": "a",
+        "sae": {"hook_point_in": "h", "d_model": 4, "expansion_factor": 2},
+        "trainer": {},
+        "model": {"model_name": "demo"},
+        "activation_factory": {"sources": [{"name": "demo"}], "hook_points": ["h"], "batch_size": 2},
+        **changes,
+    }
+
+
+def test_the_size_of_an_evaluation_is_not_where_a_training_says_that_there_is_one():
+    with pytest.raises(ConfigError, match=r"eval is true or false in a training; .* stands in eval_config"):
+        validated(TrainSAESettings, settings_table(eval={"total_eval_tokens": 5}))
+
+
+def test_training_in_float16_weights_is_refused_with_what_was_meant():
+    table = settings_table()
+    with pytest.raises(ConfigError, match=r'cannot be trained in float16.*trainer.amp_dtype = "float16"'):
+        validated(TrainSAESettings, {**table, "sae": {**table["sae"], "dtype": "float16"}})
+    for dtype in ("bfloat16", "float32", "float64"):
+        assert validated(TrainSAESettings, {**table, "sae": {**table["sae"], "dtype": dtype}})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from lm_saes.config.base import BaseConfig, BaseModelConfig, DType, OptionalDType, PathString
+from lm_saes.config.base import BaseConfig, BaseModelConfig, DType, FloatingOrNone, PathString
 
 
 class LanguageModelConfig(BaseModelConfig):
@@ -152,7 +152,7 @@ class ActivationFactoryActivationsSource(ActivationFactorySource):
     """A cache's folder; or a folder of `.npy`, `.safetensors` or chunk files, with one folder per hook point in it; or a place for each hook point."""
     device: str = "cpu"
     """Where activations are loaded to, where there is no language model to go to."""
-    dtype: OptionalDType = None
+    dtype: FloatingOrNone = None
     """Cast on loading; `None` keeps the data type on disk (int8 becomes float32)."""
     num_workers: int = Field(default=4, ge=0)
     """Threads that read ahead; 0 reads when asked."""
@@ -205,7 +205,7 @@ class ActivationFactoryConfig(BaseConfig):
     """Tokens in a context, the BOS token included; `None` is the model's longest (at most 1024)."""
     model_batch_size: int = Field(default=1, ge=1)
     """Sequences in one forward of the language model."""
-    override_dtype: OptionalDType = None
+    override_dtype: FloatingOrNone = None
     """Cast the activations."""
     buffer_size: int | None = Field(default=None, ge=1)
     """Activations held in the shuffle buffer; `None` does not shuffle."""

@@ -26,6 +26,7 @@ _DTYPE_ALIASES = {
     "bf16": "bfloat16", "int": "int32", "long": "int64",
 }  # fmt: skip
 _DTYPES = frozenset({"float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "bool"})
+_FLOATING = frozenset({"float16", "float32", "float64", "bfloat16"})
 
 
 def dtype_name(value: Any) -> str:
@@ -37,16 +38,25 @@ def dtype_name(value: Any) -> str:
     return name
 
 
+def floating_dtype_name(value: Any) -> str:
+    """`dtype_name`, of a type that weights can have."""
+    name = dtype_name(value)
+    if name not in _FLOATING:
+        raise ValueError(f"weights and activations are floating-point numbers: {', '.join(sorted(_FLOATING))}; got {value!r}")
+    return name
+
+
 class _DType:
     """Marks a field whose stored value is a canonical name and whose attribute is a `torch.dtype`."""
 
 
 if TYPE_CHECKING:
     DType = torch.dtype | str
+    FloatingOrNone = torch.dtype | str | None
     OptionalDType = torch.dtype | str | None
 else:
-    _name = BeforeValidator(dtype_name)
-    DType = Annotated[str, _name, _DType()]
+    DType = Annotated[str, BeforeValidator(floating_dtype_name), _DType()]
+    FloatingOrNone = Annotated[str | None, BeforeValidator(lambda value: None if value is None else floating_dtype_name(value)), _DType()]
     OptionalDType = Annotated[str | None, BeforeValidator(lambda value: None if value is None else dtype_name(value)), _DType()]
 
 Steps = Annotated[int | float, Field(ge=0)]
@@ -276,6 +286,9 @@ def one_line(error: ValidationError) -> str:
     first = errors[0]
     where = ".".join(str(part) for part in _without_tags(first["loc"]))
     what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_invalid":
+        context = first.get("ctx", {})
+        what = f"no type '{context.get('tag')}'; there are {context.get('expected_tags')}"
     given = first.get("input")
     shown = f" (got {_shown(given)})" if first["type"] not in {"value_error", "missing"} and not isinstance(given, Mapping) else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lm_saes.config.base import BaseConfig, BaseModelConfig, OptionalDType, PathString, validated
+from lm_saes.config.base import BaseConfig, BaseModelConfig, FloatingOrNone, PathString, validated
 from lm_saes.errors import ConfigError, WeightsError
 from lm_saes.files import read_json_object
 
@@ -103,8 +103,9 @@ class SparseDictionaryConfig(BaseModelConfig):
             raise ValueError(
                 f"expansion_factor {self.expansion_factor:g} makes {self.d_sae} latents at d_model {self.d_model}; at most 2^31 can be numbered"
             )
-        if self.act_fn in {"topk", "batchtopk"} and self.top_k > self.d_sae:
-            raise ValueError(f"top_k must be at most d_sae = {self.d_sae}, got {self.top_k}; lower top_k or raise expansion_factor")
+        if self.act_fn in {"topk", "batchtopk"} and not 1 <= self.top_k <= self.d_sae:
+            remedy = "set how many latents may fire for a token" if self.top_k < 1 else "lower top_k or raise expansion_factor"
+            raise ValueError(f"top_k must be at least 1 and at most d_sae = {self.d_sae}, got {self.top_k}; {remedy}")
         if self.matryoshka is not None and self.matryoshka.widths[-1] >= self.d_sae:
             raise ValueError(
                 f"matryoshka.widths must lie below d_sae = {self.d_sae}, which is always the last level, got {list(self.matryoshka.widths)}"
@@ -210,7 +211,7 @@ class PretrainedSAE(BaseModelConfig):
     """Fold the activation scale into the weights when loading, so that the dictionary takes raw activations."""
     strict_loading: bool = True
     """Every tensor must be there and none may be left over."""
-    dtype: OptionalDType = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    dtype: FloatingOrNone = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Cast the weights; `None` keeps the data type of the saved tensors."""
 
 

@@ -99,6 +99,13 @@ class TrainingSettings(StreamSettings):
     fold_activation_scale: bool = True
     """Fold the activation scale into the final weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_is_a_switch(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("eval"), dict | EvalConfig):
+            raise ValueError("eval is true or false in a training; how much is evaluated stands in eval_config (eval_config.total_eval_tokens)")
+        return data
+
 
 class TrainSAESettings(TrainingSettings, Settings):
     """Train an SAE or a transcoder, from scratch or from saved weights."""
@@ -122,6 +129,10 @@ class TrainSAESettings(TrainingSettings, Settings):
             missing = [hook for hook in self.sae.associated_hook_points if hook not in self.activation_factory.hook_points]
             if missing:
                 raise ValueError(f"activation_factory.hook_points lacks {missing}, which the dictionary reads or reconstructs")
+            if self.sae.__dict__["dtype"] == "float16":  # by name: the attribute would import torch
+                raise ValueError(
+                    'weights cannot be trained in float16: small updates vanish; leave sae.dtype out, trainer.amp_dtype = "float16" computes in it'
+                )
         return self
 
     @property
