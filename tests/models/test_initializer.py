@@ -367,8 +367,12 @@ def test_an_untied_encoder_that_is_right_gets_the_least_squares_scale() -> None:
 
 @pytest.mark.parametrize("act_fn", ["topk", "jumprelu"])
 def test_nothing_to_fit(act_fn: str) -> None:
-    cfg = config(top_k=0, act_fn=act_fn, hook_point_out="b", sparsity_include_decoder_norm=False)
-    sae, initializer = initialize(cfg, **RECOMMENDED, init_log_jumprelu_threshold_value=80.0)
+    """Inputs without length, or thresholds out of reach: nothing fires at any norm."""
+    cfg = config(
+        act_fn=act_fn, hook_point_out="b", sparsity_include_decoder_norm=False, norm_activation="inference" if act_fn == "topk" else "dataset-wise"
+    )
+    batches = [{**batch, "a": torch.zeros_like(batch["a"])} for batch in stream()] if act_fn == "topk" else stream()
+    sae, initializer = initialize(cfg, batches, **RECOMMENDED, init_log_jumprelu_threshold_value=80.0)
     assert (initializer.report.norm_choice, initializer.report.decoder_norm) == ("nothing to fit", pytest.approx(1))
     assert initializer.report.l0 == 0
     assert initializer.report.dead_fraction == 1
