@@ -25,11 +25,15 @@ def test_cross_entropy_counts_positions_with_a_real_next_token() -> None:
 
 
 def test_kl_closed_form() -> None:
-    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.125, 0.75])
     clean, changed = p.log().expand(1, 2, 3), q.log().expand(1, 2, 3) + 5  # a constant shift of logits changes nothing
-    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    expected = (
+        0.5 * math.log(4) + 0.25 * math.log(2) + 0.25 * math.log(1 / 3)
+    )  # of clean against changed, not the other way: that is 0.564, this 0.592
     assert kl_divergences(clean, changed, torch.ones(1, 2, dtype=torch.bool)).tolist() == pytest.approx([expected])
     assert kl_divergences(clean, clean, torch.ones(1, 2, dtype=torch.bool)).tolist() == [0]
+    attention = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    assert len(kl_divergences(p.log().expand(2, 4, 3), q.log().expand(2, 4, 3), attention)) == 3, "the positions of the cross-entropy"
 
 
 def test_recovered_fraction() -> None:
@@ -103,6 +107,8 @@ def test_all_losses_of_a_stream_by_hand() -> None:
     }
     for name, loss in expected.items():
         assert result[f"metrics/downstream_loss_{name}"] == pytest.approx(loss, rel=1e-5), name
+    log_p, log_q = ((x @ model.W_1 @ model.W_U)[:, :-1].log_softmax(-1) for x in (a, torch.where(kept, a / 2, a)))
+    assert result["metrics/kl_divergence"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
     damage = expected["reconstructed"] - expected["original"]
     assert result["metrics/delta_ce"] == pytest.approx(damage, rel=1e-4)
     for name, key in (("ablated", "recovered_fraction"), ("ablated", "downstream_loss_ratio"), ("mean_ablated", "recovered_fraction_mean")):
