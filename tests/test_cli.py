@@ -101,9 +101,13 @@ def test_train_then_evaluate_then_show(tmp_path, settings, monkeypatch, capsys):
     assert json.loads((tmp_path / "run/config.json").read_text())["norm_activation"] == "inference"
     capsys.readouterr()
     assert run("evaluate", str(tmp_path / "run"), "--baseline", "pca", "--eval.total_eval_tokens", "500", monkeypatch=monkeypatch) == 0
-    assert "pca-3" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "pca-3" in shown
+    assert "evaluation on text it was trained on name other text in eval_datasets" in " ".join(shown.split())
     assert run("show", str(tmp_path / "run"), "--n", "2", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("fires on 0.") == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("fires on 0.") == 2
+    assert "where each fires in text it was trained on:" in shown
     assert run("show", "feature", str(tmp_path / "run"), "5", "--tokens", "1000", monkeypatch=monkeypatch) == 0
     assert "feature 5" in capsys.readouterr().out
 

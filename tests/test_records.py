@@ -12,7 +12,7 @@ from lm_saes.cli import main
 from lm_saes.config import TrainSAESettings
 from lm_saes.config.base import merge
 from lm_saes.errors import ConfigError
-from lm_saes.records import check_same, settings_record
+from lm_saes.records import check_same, evaluated_on, settings_record
 from lm_saes.training.resume import check_allowed, may_change
 
 BEGUN: dict[str, Any] = {
@@ -107,3 +107,30 @@ def test_misspelt_names_are_refused(run, monkeypatch, capsys):
         main()
     assert caught.value.code == 2
     assert "give --resume with it" in capsys.readouterr().err
+
+
+TEXT = {"sources": [{"name": "a"}], "hook_points": ["h"], "batch_size": 64}
+CACHE = {"sources": [{"type": "activations", "name": "a", "path": "cache"}], "hook_points": ["h"], "batch_size": 64}
+MIXED = {"sources": [{"name": "demo"}, {"name": "a"}], "hook_points": ["h"], "batch_size": 64}
+MINE, OTHER = {"a": {"dataset_name_or_path": "a.jsonl"}}, {"a": {"dataset_name_or_path": "b.jsonl"}}
+DEMO = {"demo": {"dataset_name_or_path": "demo"}}
+
+
+@pytest.mark.parametrize(
+    ("factory", "more", "words"),
+    [
+        (TEXT, {"datasets": MINE}, "text it was trained on"),
+        (TEXT, {"datasets": MINE, "eval_datasets": MINE}, "text it was trained on"),
+        (TEXT, {"datasets": MINE, "eval_datasets": OTHER}, "held-out text"),
+        (TEXT, {"datasets": {"a": DEMO["demo"]}}, "held-out text"),
+        (TEXT, {"datasets": {"a": {**DEMO["demo"], "split": "heldout"}}}, "text it was trained on"),
+        (MIXED, {"datasets": MINE}, "held-out text and text it was trained on"),
+        (CACHE, {}, "activations it was trained on"),
+        (CACHE, {"datasets": MINE}, "text it was trained on"),
+        (CACHE, {"datasets": MINE, "model": None}, "activations it was trained on"),
+        (CACHE, {"eval_datasets": OTHER}, "held-out text"),
+        (CACHE, {"datasets": DEMO | MINE, "eval_datasets": OTHER}, "held-out text"),
+    ],
+)
+def test_what_an_evaluation_reads_is_called_held_out_only_where_it_is(factory, more, words):
+    assert evaluated_on(TrainSAESettings.model_validate({**BEGUN, "model": {"model_name": "demo"}, "activation_factory": factory, **more})) == words

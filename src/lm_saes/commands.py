@@ -19,7 +19,7 @@ from lm_saes.analysis.features import Feature, find_features, pick
 from lm_saes.assembly import evaluation_stream
 from lm_saes.baselines import check_trained, evaluate_baselines
 from lm_saes.comparison import Row, caption, compare, comparison_table
-from lm_saes.config import EvalConfig, EvaluateSAESettings, SweepSAESettings, TrainSAESettings, load_settings
+from lm_saes.config import EvalConfig, EvaluateSAESettings, StreamSettings, SweepSAESettings, TrainSAESettings, load_settings
 from lm_saes.config.base import validated
 from lm_saes.config.dictionaries import CONFIG_FILE
 from lm_saes.config.sweep import SWEEP_FILE
@@ -28,7 +28,7 @@ from lm_saes.estimate import estimate, size
 from lm_saes.estimate_sweep import OF_EACH_RUN, estimate_sweep
 from lm_saes.inspection.command import advice_for
 from lm_saes.locks import LOCK_FILE
-from lm_saes.records import check_finished, check_same, settings_of_run
+from lm_saes.records import check_finished, check_same, evaluated_on, settings_of_run
 from lm_saes.runners import check_folders, evaluate_dictionary, evaluate_sae, load_run, train_sae
 from lm_saes.sweep import check_folder, settings_of_sweep, sweep_sae
 from lm_saes.training import loggers
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
 
 FEATURE_TOKENS = 200_000
-"""Held-out tokens searched for contexts of features."""
+"""Tokens of the evaluation's text searched for contexts of features."""
 SHOWN = 6
 
 
@@ -109,12 +109,19 @@ def train_with_bar(settings: TrainSAESettings, resume: bool, terminal: display.T
         elif name == "stream":
             terminal.print(Text(value.description(), style="dim"))
         elif name == "evaluation":
-            terminal.print(Text("\nevaluation on held-out text", style="bold"))
-            terminal.print(display.evaluation_table(value))
+            _print_evaluation(value, settings, terminal)
 
     train_sae(settings, resume=resume, allow_changes=allow_changes, loggers=[loggers.Console(terminal)], report=report)
     minutes = (time.monotonic() - start) / 60
     terminal.print(Text(f"\nfinished in {minutes:.1f} min: {settings.trainer.exp_result_path}", style="bold"), soft_wrap=True)
+
+
+def _print_evaluation(results: dict[str, Any], settings: StreamSettings, terminal: display.Terminal) -> None:
+    """The metrics under a heading that says what they were measured on."""
+    on = evaluated_on(settings)
+    seen = "" if on == "held-out text" else "  name other text in eval_datasets to see how it does on what it has not seen"
+    terminal.print(Text(f"\nevaluation on {on}", style="bold").append(seen, style="dim"))
+    terminal.print(display.evaluation_table(results))
 
 
 def _hint(terminal: display.Terminal, label: str, *words: str) -> None:
@@ -236,13 +243,14 @@ def evaluate(target: Path, overrides: dict[str, Any], baselines: Sequence[str] =
         with terminal.status("evaluating"):
             results = evaluate_dictionary(sae, cfg, settings, model, pca) | evaluate_baselines(target, trained, cfg)
         write_json(target / "evaluation.json", results)
+        _print_evaluation(results, settings, terminal)
     else:
         if trained:
             raise ConfigError(f"--baseline {trained[0]} stands beside a run; give the run's folder instead of a settings file")
         settings = load_settings(EvaluateSAESettings, target, overrides)
         with terminal.status("evaluating"):
             results = evaluate_sae(settings, baseline=pca)
-    terminal.print(display.evaluation_table(results))
+        terminal.print(display.evaluation_table(results))
     terminal.print(Text("\nexplained variance: 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖² over the kept tokens, in float64", style="dim"))
 
 
@@ -268,17 +276,17 @@ def show_run(run: Path, n: int = SHOWN, terminal: display.Terminal | None = None
     terminal.print(display.rows_table(display.summary_rows(settings.as_dict())))
     results = display.read_json(run / "evaluation.json")
     if results:
-        terminal.print()
-        terminal.print(display.evaluation_table(results))
+        _print_evaluation(results, settings, terminal)
     show_features(run, n, terminal)
 
 
 def show_features(run: Path, n: int, terminal: display.Terminal) -> None:
     """A handful of a run's features, and the command that shows more of one."""
-    with terminal.status("reading held-out text"):
+    with terminal.status("reading text"):
         features = features_of_run(run, n)
+    where = evaluated_on(settings_of_run(run))
     firing = "in « » the token it fires hardest on" if terminal.marked else "the warmer a token, the harder it fires on it"
-    terminal.print(Text("\nfeatures", style="bold").append(f"  and where each fires in held-out text: {firing}", style="dim"))
+    terminal.print(Text("\nfeatures", style="bold").append(f"  and where each fires in {where}: {firing}", style="dim"))
     for feature in features:
         terminal.print()
         terminal.print(Padding(display.feature_card(feature, terminal.width - 2, marked=terminal.marked), (0, 0, 0, 1)))
@@ -294,7 +302,7 @@ def show_feature(run: Path, index: int, n: int = 10, tokens: int = FEATURE_TOKEN
     if not 0 <= index < sae.cfg.d_sae:
         raise ConfigError(f"feature {index} does not exist: the dictionary has features 0 to {sae.cfg.d_sae - 1}")
     model = _needed(model)
-    with terminal.status("reading held-out text"):
+    with terminal.status("reading text"):
         finder = find_features(sae, evaluation_stream(settings, model), tokens, n)
     feature = finder.feature(index, model.token_texts)
     terminal.print(display.feature_card(feature, terminal.width - 1, n, marked=terminal.marked))

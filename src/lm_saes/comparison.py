@@ -13,6 +13,7 @@ from rich.text import Text
 from lm_saes.config import SAEConfig, TrainSAESettings
 from lm_saes.errors import RunFolderError
 from lm_saes.files import parse_json, read_json_object
+from lm_saes.records import evaluated_on
 from lm_saes.training.run_folder import METRICS_FILE, failure_of
 
 
@@ -49,7 +50,7 @@ class Row:
     hook_point: str
     """The hook point that is reconstructed; empty where the dictionary came from saved weights."""
     measured_on: str
-    """"held-out text" or "the last training batch"."""
+    """"held-out text", "text it was trained on" (`records.evaluated_on`), or "the last training batch"."""
     tokens: int
     """Tokens trained on."""
     differs: dict[str, Any]
@@ -83,7 +84,7 @@ def _row(settings: TrainSAESettings, differs: dict[str, Any]) -> Row:
     metrics["tokens_per_second"] = trained.get("time/step_tokens_per_second")
     error = failure_of(folder)
     hook_point = settings.sae.hook_point_out if isinstance(settings.sae, SAEConfig) else ""
-    measured_on = "held-out text" if evaluation else "the last training batch"
+    measured_on = evaluated_on(settings) if evaluation else "the last training batch"
     return Row(settings.sae_name, str(folder), hook_point, measured_on, int(trained.get("details/n_training_tokens") or 0), differs, metrics, error)
 
 

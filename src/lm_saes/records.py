@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_saes.activations.foreign_cache import open_activations
-from lm_saes.config import ActivationFactoryActivationsSource, TrainSAESettings
+from lm_saes.config import ActivationFactoryActivationsSource, ActivationFactoryDatasetSource, DatasetConfig, StreamSettings, TrainSAESettings
 from lm_saes.config.base import RUN_RECORDS, BaseConfig, validated
 from lm_saes.config.baselines import baseline_of
 from lm_saes.config.dictionaries import CONFIG_FILE
@@ -75,6 +75,21 @@ def _decisive(settings: TrainSAESettings) -> dict[str, Any]:
 
 _FREE = ("device_type", "wandb", "tensorboard", "trackio")
 _FREE_OF_STREAM = ("device", "num_workers", "prefetch", "path")
+
+
+def evaluated_on(settings: StreamSettings) -> str:
+    """What an evaluation with these settings reads (see `assembly.evaluation_stream`), in words: "held-out text" only where all of it is."""
+    held_out: dict[str, DatasetConfig] = getattr(settings, "eval_datasets", None) or {}
+    kinds = []
+    for source in settings.activation_factory.sources:
+        of_text = isinstance(source, ActivationFactoryDatasetSource)
+        if not of_text and (settings.model is None or source.name not in {**(settings.datasets or {}), **held_out}):
+            kinds.append("activations it was trained on")
+            continue
+        trained = settings.dataset(source.name)
+        read = held_out.get(source.name) or (trained.replace(split="heldout") if trained.dataset_name_or_path == "demo" else trained)
+        kinds.append("text it was trained on" if read == trained else "held-out text")
+    return " and ".join(dict.fromkeys(kinds))
 
 
 def check_finished(folder: str | Path) -> None:
