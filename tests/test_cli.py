@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lm_saes import commands
+from lm_saes import cli, commands
+from lm_saes.config import TrainSAESettings, load_settings
 from tests.command import run
 from tests.lm.tiny_models import save_tiny
 
@@ -205,9 +206,18 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
         (["train", "dmeo"], "did you mean 'demo'"),
         (["train", "demo", "--trainer.lrr", "1"], "did you mean 'lr'"),
         (["train", "demo", "stray"], "expected an override"),
+        (["train", "demo", "--resum"], "no option or setting --resum; did you mean '--resume'?"),
+        (["train", "demo", "--dryrun", "true"], "no option or setting --dryrun; did you mean '--dry-run'?"),
+        (["demo", "--agin"], "did you mean '--again'?"),
+        (["sweep", "demo", "--gird", "a=1", "--grid", "sae.top_k=1,2"], "did you mean '--grid'?"),
+        (["train", "demo", "--batch_size", "8"], "no field 'batch_size'; did you mean 'activation_factory.batch_size'?"),
+        (["train", "demo", "--sae.lr", "8"], "SAEConfig has no field 'lr'; it is a field of TrainerConfig"),
+        (["train", "demo", "--trainer.top_k", "8"], "TrainerConfig has no field 'top_k'; it is a field of SAEConfig"),
+        (["inspect", "--text-column", "body"], "--text-column names a column of --text; give both"),
+        (["recipe", "dmeo"], "did you mean 'demo'"),
         (["show", "feature", "runs/x", "abc"], "abc"),
         (["show", "nowhere"], "not a run's folder"),
-        (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "neither a run's folder nor a settings file at nowhere"),
         (["evaluate", "nowhere", "--baseline", "pcaa"], "did you mean 'pca'"),
         (["train", "demo", "--trainer.lr"], "lr needs a number, got true"),
         (["train", "demo", "--trainer.lr", "-1"], "greater than 0 (got -1)"),
@@ -375,3 +385,33 @@ def test_a_full_disk_is_one_line(tmp_path, settings, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert_one_line(error)
     assert "disk is full" in error
+
+
+def test_a_recipe_is_printed_to_be_changed(capsys, monkeypatch, tmp_path):
+    """What is installed from a wheel has no folder of recipes to copy from."""
+    assert run("recipe", monkeypatch=monkeypatch) == 0
+    names = capsys.readouterr().out.split()
+    assert {"demo", "demo-transcoder"} <= set(names)
+    assert names == sorted(names)
+    for name in names:
+        assert run("recipe", name, monkeypatch=monkeypatch) == 0
+        (tmp_path / "my.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+        assert load_settings(TrainSAESettings, tmp_path / "my.toml") == load_settings(TrainSAESettings, cli.recipe(name))
+
+
+def test_text_in_a_column_of_another_name_can_be_inspected(tmp_path, settings, capsys, monkeypatch):
+    text = tmp_path / "body.jsonl"
+    text.write_text("\n".join(json.dumps({"body": f"Number {i} of some documents. " * 9}) for i in range(60)))
+    words = ["inspect", "--model", settings["model"]["model_name"], "--text", str(text), "--tokens", "500", "--hook-points", "blocks.0.hook_mlp_out"]
+    assert run(*words, monkeypatch=monkeypatch) == 2
+    assert "set text_column" in capsys.readouterr().err
+    assert run(*words, "--text-column", "body", monkeypatch=monkeypatch) == 0
+    assert "blocks.0.hook_mlp_out" in capsys.readouterr().out
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(tmp_path, settings):
+    settings["sae"] |= {"act_fn": "relu"}
+    ended = process("train", write(tmp_path, settings))
+    assert ended.returncode == 0
+    assert 'warning: act_fn "relu" without a sparsity loss trains a dense autoencoder;' in ended.stderr
+    assert ".py" not in ended.stderr

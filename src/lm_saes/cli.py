@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,20 +32,23 @@ app = App(
     help_format="markdown",
     default_parameter=Parameter(negative=()),
 )
-show = App(name="show", help="A run's summary and a few of its features; or one feature.", default_parameter=Parameter(negative=()))
+show = App(name="show", help="A run's summary and a few of its features; or one feature.", default_parameter=Parameter(negative=()), sort_key=5)
 app.command(show)
-app.command(generate)
+app.command(generate, sort_key=8)
+cache.sort_key = 9
 app.command(cache)
+bench.sort_key = 10
 app.command(bench)
 
 AllowChange = Annotated[
     list[str] | None,
     Parameter(help="With --resume: a setting that may differ from the run's, `trainer.total_training_tokens`. May be given several times."),
 ]
+Count = Annotated[int, Parameter(name=["--n", "-n"])]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any setting: `--trainer.lr 1e-4 --sae.top_k 64`.")]
 
 
-@app.command
+@app.command(sort_key=1)
 def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = False) -> None:
     """Train a sparse autoencoder on the bundled language model, evaluate it and show some of its features. Takes minutes, needs nothing else.
 
@@ -60,7 +65,7 @@ def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = Fal
     commands.demo(settings, again=again, changed=bool(overrides))
 
 
-@app.command
+@app.command(sort_key=3)
 def train(
     config: Path,
     *overrides: Overrides,
@@ -93,7 +98,7 @@ def train(
     command(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
-@app.command
+@app.command(sort_key=7)
 def sweep(
     config: Path,
     *overrides: Overrides,
@@ -124,7 +129,7 @@ def sweep(
     command(settings, resume=resume, allow_changes=_allowed(allow_change, resume))
 
 
-@app.command
+@app.command(sort_key=4)
 def evaluate(target: Path, *overrides: Overrides, baseline: list[str] | None = None) -> None:
     """Evaluate a run's dictionary on held-out text, or what a settings file (EvaluateSAESettings) names.
 
@@ -139,18 +144,21 @@ def evaluate(target: Path, *overrides: Overrides, baseline: list[str] | None = N
     from lm_saes.config.baselines import check_baselines
 
     names = check_baselines(baseline or [])
+    if not target.exists():
+        raise ConfigError(f"neither a run's folder nor a settings file at {target}")
     from lm_saes import commands
 
     commands.evaluate(target, _overrides(overrides), names)
 
 
-@app.command
+@app.command(sort_key=2)
 def inspect(
     config: Path | None = None,
     *,
     model: str | None = None,
     hook_points: str | None = None,
     text: str | None = None,
+    text_column: str | None = None,
     tokens: int = 100_000,
     context_size: int | None = None,
     device: str | None = None,
@@ -168,7 +176,9 @@ def inspect(
     hook_points
         Names with commas between; `*` is every block. Left out: attention output, MLP output and residual stream of every block.
     text
-        A dataset's name, a file (.txt, .jsonl, .parquet ...), or "demo" (the default).
+        A dataset's name, a file or folder (.txt, .jsonl, .parquet ...), or "demo" (the default).
+    text_column
+        The column of it that holds the text, if not `text`.
     tokens
         Tokens to look at.
     context_size
@@ -181,14 +191,18 @@ def inspect(
         Draw the spectra into this file (.png, .svg, .pdf; needs the extra `plot`).
     """
     settings = None if config is None else _settings(_file(config), ())
+    from lm_saes.config import DatasetConfig
     from lm_saes.inspection import command
 
+    if text_column is not None and text is None:
+        raise ConfigError("--text-column names a column of --text; give both")
     names = None if hook_points is None else [name.strip() for name in hook_points.split(",") if name.strip()]
-    where = {"model": model, "text": text, "context_size": context_size, "device": device}
+    source = text if text is None or text_column is None else DatasetConfig(dataset_name_or_path=text, text_column=text_column)
+    where = {"model": model, "text": source, "context_size": context_size, "device": device}
     command.inspect(settings, names, tokens=tokens, as_json=json, spectrum=spectrum, **where)
 
 
-@app.command
+@app.command(sort_key=6)
 def compare(first: Path, second: Path, *, tokens: int | None = None, json: bool = False) -> None:
     """Which latents two dictionaries of the same hook points share: matched by decoder direction, evaluated side by side.
 
@@ -209,7 +223,7 @@ def compare(first: Path, second: Path, *, tokens: int | None = None, json: bool 
 
 
 @show.default
-def show_run(run: Path, *, n: int = 6) -> None:
+def show_run(run: Path, *, n: Count = 6) -> None:
     """A run's summary and a few of its features; a sweep's runs side by side.
 
     Parameters
@@ -225,7 +239,7 @@ def show_run(run: Path, *, n: int = 6) -> None:
 
 
 @show.command(name="feature")
-def show_feature(run: Path, index: int, *, n: int = 10, tokens: int = 200_000) -> None:
+def show_feature(run: Path, index: int, *, n: Count = 10, tokens: int = 200_000) -> None:
     """One feature: the contexts of the held-out text in which it fires hardest.
 
     Parameters
@@ -244,6 +258,19 @@ def show_feature(run: Path, index: int, *, n: int = 10, tokens: int = 200_000) -
     commands.show_feature(run, index, n, tokens)
 
 
+@app.command(name="recipe", sort_key=1)
+def print_recipe(name: str | None = None) -> None:
+    """Print a settings file that the package carries, to change and train: `lm-saes recipe demo > my.toml`.
+
+    Parameters
+    ----------
+    name
+        Which; without it, the names of all.
+    """
+    text = "".join(f"{known}\n" for known in _recipes()) if name is None else recipe(name).read_text(encoding="utf-8")
+    sys.stdout.write(text)
+
+
 # ----------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -253,13 +280,17 @@ def recipe(name: str) -> Path:
     Raises:
         ConfigError: there is none of that name.
     """
+    known = _recipes()
+    if name not in known:
+        raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known) or '.'} Recipes: {', '.join(known)}")
+    return known[name]
+
+
+def _recipes() -> dict[str, Path]:
     package = Path(__file__).parent
-    folders = [package / "recipes", package.parent.parent / "recipes"]
-    for folder in folders:
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    known = sorted(path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.toml"))
-    raise ConfigError(f"no config file or recipe '{name}'{did_you_mean(name, known) or '.'} Recipes: {', '.join(known)}")
+    folders = [package.parent.parent / "recipes", package / "recipes"]
+    found = {path.stem: path for folder in folders for path in folder.glob("*.toml")}
+    return {name: found[name] for name in sorted(found)}
 
 
 def _file(config: Path) -> Path:
@@ -281,11 +312,21 @@ def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
     return parse_overrides(words)
 
 
+def _check_options(names: Iterable[str], fields: Iterable[str]) -> None:
+    """A word of the command line that is no setting and nearly an option is that option, misspelt."""
+    options = [argument.name for argument in app[sys.argv[1]].assemble_argument_collection() if argument.name.startswith("--")]
+    for name in names:
+        near = did_you_mean(f"--{name.replace('_', '-')}", options)
+        if name not in fields and near:
+            raise ConfigError(f"no option or setting --{name}{near}")
+
+
 def _settings(path: Path, words: tuple[str, ...], out: Path | None = None) -> TrainSAESettings:
     from lm_saes.config import TrainSAESettings, load_settings
     from lm_saes.config.base import merge
 
     table = _overrides(words)
+    _check_options(table, TrainSAESettings.model_fields)
     if out is not None:
         table = merge({"trainer": {"exp_result_path": str(out)}}, table)
     return load_settings(TrainSAESettings, path, table)
@@ -304,11 +345,16 @@ def _sweep_settings(config: Path, words: tuple[str, ...], grid: list[str], out: 
     if grid:
         raise ConfigError(f"{path} lists its runs (items), so there is nothing to lay a grid over; leave out --grid, or give the settings of one run")
     table = _overrides(words)
+    _check_options(table, SweepSAESettings.model_fields)
     return load_settings(SweepSAESettings, path, table if out is None else {**table, "exp_result_path": str(out)})
 
 
 def main() -> None:
     """The entry point: runs the command line and turns what a user can mend into one line and an exit code."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *place: (
+        f"warning: {message}\n" if category is UserWarning else plain(message, category, *place)
+    )
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:

@@ -66,10 +66,33 @@ PathString = Annotated[str, Field(min_length=1), BeforeValidator(lambda value: s
 """A path kept as text, so that configurations stay plain values; `pathlib.Path` is accepted. Not empty: the present folder is `.`."""
 
 
+def _parts(annotation: Any) -> set[Any]:
+    """What an annotation is made of, two levels deep: the members of a union, and what they hold."""
+    return {annotation, *(part for outer in get_args(annotation) for part in (outer, *get_args(outer)))}
+
+
 def _is_number(annotation: Any) -> bool:
     """Whether a field takes numbers and no truth values."""
-    parts = {annotation, *(part for outer in get_args(annotation) for part in (outer, *get_args(outer)))}
+    parts = _parts(annotation)
     return bool(parts & {int, float}) and bool not in parts
+
+
+def _configs(of: type[BaseConfig]) -> list[type[BaseConfig]]:
+    return [*of.__subclasses__(), *(deeper for child in of.__subclasses__() for deeper in _configs(child))]
+
+
+def _where_it_is(name: str, cls: type[BaseConfig]) -> str:
+    """For the end of a message: where a field that `cls` does not have is (inside one of its own, or in another configuration), or what is near."""
+    for field, info in cls.model_fields.items():
+        inside = [part for part in _parts(info.annotation) if isinstance(part, type) and issubclass(part, BaseConfig)]
+        if any(name in config.model_fields for config in inside):
+            return f"; did you mean '{field}.{name}'?"
+    if near := did_you_mean(name, cls.model_fields):
+        return near
+    return next(
+        (f"; it is a field of {config.__name__}" for config in _configs(BaseConfig) if name in config.model_fields and not config.__subclasses__()),
+        "",
+    )
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -114,7 +137,7 @@ class BaseConfig(BaseModel):
             for name in data:
                 _check_text(f"a name in {cls.__name__}", name)
                 if name not in cls.model_fields:
-                    raise ValueError(f"{cls.__name__} has no field '{name}'{did_you_mean(str(name), cls.model_fields)}")
+                    raise ValueError(f"{cls.__name__} has no field '{name}'{_where_it_is(str(name), cls)}")
                 if isinstance(data[name], bool) and _is_number(cls.model_fields[name].annotation):  # pydantic would take true for 1
                     raise ValueError(f"{name} needs a number, got {str(data[name]).lower()}")
                 _check_text(name, data[name])
