@@ -86,7 +86,7 @@ def test_metrics_equal_those_of_transformers_modules_and_formulas(demo: Any, hoo
         sae.W_skip.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
     found = Evaluator(EvalConfig(total_eval_tokens=10**6)).evaluate(sae, batches, model=demo)
 
-    labels, estimates, sums, n = [], [], dict.fromkeys(("original", "reconstructed", "ablated", "kl"), 0.0), 0
+    labels, estimates, sums, n = [], [], dict.fromkeys(("original", "reconstructed", "ablated", "mean_ablated", "kl"), 0.0), 0
     for batch in batches:
         ids, mask, attention = batch["tokens"], batch["mask"], batch["attention_mask"]
         assert (~attention).sum() > 0
@@ -100,18 +100,22 @@ def test_metrics_equal_those_of_transformers_modules_and_formulas(demo: Any, hoo
         def silence(x: Tensor, y: Tensor, mask: Tensor = mask) -> Tensor:
             return torch.where(mask[..., None], 0.0, y)
 
+        def average(x: Tensor, y: Tensor, mask: Tensor = mask) -> Tensor:
+            return torch.where(mask[..., None], torch.cat(labels).mean(0).to(y), y)  # of the batches so far, this one included
+
         counted = attention[:, :-1] & attention[:, 1:]
-        changes = {"original": None, "reconstructed": splice, "ablated": silence}
+        changes = {"original": None, "reconstructed": splice, "ablated": silence, "mean_ablated": average}
         scores = {name: logits(demo.model, batch, transcoder, change)[:, :-1][counted].log_softmax(-1) for name, change in changes.items()}
         for name, log_p in scores.items():
             sums[name] -= float(log_p.gather(1, ids[:, 1:][counted][:, None]).sum())
         sums["kl"] += float((scores["original"].exp() * (scores["original"] - scores["reconstructed"])).sum())
         n += int(counted.sum())
     y, y_hat = torch.cat(labels), torch.cat(estimates)
-    clean, spliced, ablated, kl = (value / n for value in sums.values())
+    clean, spliced, ablated, averaged, kl = (value / n for value in sums.values())
     expected = {
         "explained_variance": 1 - float((y - y_hat).square().sum() / (y - y.mean(0)).square().sum()),
-        "downstream_loss_original": clean, "delta_ce": spliced - clean, "recovered_fraction": (ablated - spliced) / (ablated - clean), "kl_divergence": kl,
+        "downstream_loss_original": clean, "delta_ce": spliced - clean, "recovered_fraction": (ablated - spliced) / (ablated - clean),
+        "recovered_fraction_mean": (averaged - spliced) / (averaged - clean), "kl_divergence": kl,
         "n_tokens": len(y),
     }  # fmt: skip
     for name, value in expected.items():
