@@ -7,7 +7,7 @@
 The recipe changes three things of a BatchTopK dictionary: nested prefixes (Matryoshka), k falling from 2.75 times its last value over the first four
 fifths, three times the learning rate. Here all eight combinations, at the same last k: the same tokens in the same order for all arms of a seed, the
 same initialisation, AuxK in all. Evaluated on held-out text in eval mode, the L0 that was measured beside it. Prints a Markdown table, mean and half
-range over the seeds.
+range over the seeds. What the file `--out` has already is not done again.
 """
 
 from __future__ import annotations
@@ -118,18 +118,21 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     source = Demo(options) if options.source == "demo" else MiniLM(options)
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
+    results: dict[str, list[dict[str, Any]]] = json.loads(options.out.read_text()) if options.out and options.out.is_file() else {}
     for seed in range(options.seeds):
+        missing = [arm for arm in options.arms if len(results.setdefault(arm, [])) <= seed]
+        if not missing:
+            continue
         batches = source.batches(seed)
-        for arm in options.arms:
+        for arm in missing:
             sae, seconds = train(ARMS[arm], batches, source.hook, source.d_model, options.l0, options.expansion, seed)
             results[arm].append({**source.evaluate(sae), "seconds": seconds})
             print(f"seed {seed} {row(arm, results[arm][-1:], source.columns)} {seconds:.0f} s", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n| | " + " | ".join(source.columns) + " |\n|" + "---|" * (len(source.columns) + 1))
-    for arm, runs in results.items():
-        print(row(arm, runs, source.columns))
+    print("\n| | seeds | " + " | ".join(source.columns) + " |\n|---|" + "---:|" * (len(source.columns) + 1))
+    for arm in (arm for arm in ARMS if results.get(arm)):
+        print(row(f"{arm} | {len(results[arm])}", results[arm], source.columns))
 
 
 if __name__ == "__main__":
