@@ -90,6 +90,7 @@ def test_without_scipy_or_beyond_the_limit_pairs_are_mutual_best(monkeypatch: py
         assert match.method == "mutual best"
         assert match.pairs == 2  # the second row's own nearest is e1, so e2 has no partner
         assert match.mean_matched_cosine == pytest.approx(1)
+        assert match.shared == pytest.approx(2 / 3), "of the latents, not of those that found a partner"
     monkeypatch.undo()
     assert compare_dictionaries(dictionary(a), dictionary(b)).mean_matched_cosine == pytest.approx((1 + 0.6 + 1) / 3)
 
@@ -132,6 +133,9 @@ def test_a_latent_without_direction_has_no_partner() -> None:
 def test_chance_is_that_of_random_directions() -> None:
     match = compare_dictionaries(dictionary(rows(256, 16)), dictionary(rows(256, 16, seed=5)))
     assert match.mean_max_cosine[0] == pytest.approx(match.chance, abs=0.03)
+    wider = compare_dictionaries(dictionary(rows(128, 16)), dictionary(rows(2048, 16, seed=5)))
+    assert wider.mean_max_cosine[0] == pytest.approx(wider.chance, abs=0.02)
+    assert wider.chance > match.chance + 0.05, "the more there are, the nearer is the nearest"
 
 
 @pytest.mark.parametrize(
