@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,38 @@ def test_killed_anywhere_and_gone_on_with_it_writes_the_same_bytes(tmp_path: Pat
     assert stopped_early >= 5
     assert content(killed) == content(tmp_path / "whole")
     assert not [name for name in os.listdir(killed) if name.startswith(("progress", ".unfinished"))]
+
+
+class Wrapped:
+    """A stream of somebody else, whose state is nested and has a number and an array of NumPy in it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.given = inner, np.zeros(2, dtype=np.int64)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.given += 1
+        return next(self.inner)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "given": self.given, "number": self.given[0], "none yet": float("inf")}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state["inner"])
+        self.given[:] = state["given"]
+        assert self.given[1] == state["number"]
+
+
+def test_a_stream_of_somebody_else_is_gone_on_with(tmp_path: Path) -> None:
+    write(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    with pytest.raises(KilledError):
+        writer(killed).process(killed_after(Wrapped(text_stream()), 11), settings=ATTRIBUTES)
+    assert list(killed.glob("progress*"))
+    writer(killed).process(Wrapped(text_stream()), settings=ATTRIBUTES)
+    assert content(killed) == content(tmp_path / "whole")
 
 
 def test_killed_between_two_shards_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,50 @@ def assert_same_run(one: str, other: str, own_random_states: bool = True, stream
     assert not own_random_states or states[0]["random"] == states[1]["random"]
 
 
+class NumpyStream(SyntheticStream):
+    """Keeps its place as somebody does who draws batches with NumPy: what it gives as its state goes on with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.place = numpy.random.default_rng(5), numpy.zeros(1, dtype=numpy.int64)
+
+    def __next__(self) -> dict[str, Any]:
+        self.place += 1
+        batch = {HOOK: self.activations(int(self.generator.integers(10**6))), "tokens": torch.arange(64)}
+        self.position = int(self.place[0])
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.bit_generator.state, "place": self.place, "share": numpy.float32(0.1)}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.generator.bit_generator.state = state["generator"]
+        self.place += state["place"]
+        assert state["share"] == numpy.float32(0.1)
+
+
+def test_a_stream_whose_state_is_made_by_numpy_goes_on(trainer_config):
+    whole, cut = trainer_config(STEPS, "whole"), trainer_config(STEPS, "cut")
+    Trainer(whole).fit(make_dictionary(), NumpyStream())
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(cut).fit(make_dictionary(), Stopping(NumpyStream(), 13))
+    Trainer(cut, resume=True).fit(make_dictionary(), NumpyStream())
+    assert_same_run(whole.exp_result_path, cut.exp_result_path, own_random_states=False)
+
+
+def test_a_state_that_cannot_be_saved_is_one_line(trainer_config, monkeypatch):
+    monkeypatch.setattr(SyntheticStream, "state_dict", lambda _: {"seen": {1, 2}})
+    cfg = trainer_config(STEPS)
+    with pytest.raises(RunFolderError, match=r"state_dict\(\)\['seen'\] is of type set"):
+        Trainer(cfg).fit(make_dictionary(), stream())
+    assert not list(Path(cfg.exp_result_path).glob("checkpoints/*"))
+
+
+def test_settings_that_cannot_be_saved_are_refused_at_once(trainer_config):
+    with pytest.raises(ConfigError, match=r"settings must be JSON values: .*PosixPath"):
+        Trainer(trainer_config(STEPS), settings={"data": Path("x")})
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_interrupted_and_resumed_equals_uninterrupted(variant, trainer_config):
     act_fn, shape, options = VARIANTS[variant]

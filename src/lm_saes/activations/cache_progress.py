@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lm_saes import locks
 from lm_saes.activations.cache_format import (
@@ -25,9 +24,10 @@ from lm_saes.activations.cache_format import (
     words,
     write_manifest,
 )
+from lm_saes.activations.stream import packed, unpacked
 from lm_saes.errors import CacheError
 from lm_saes.files import UNFINISHED, disk_is_full, parse_json, write_whole
-from lm_saes.tensor_files import read_safetensors
+from lm_saes.tensor_files import read_safetensors, separate
 from lm_saes.version import __version__
 
 RESERVE = 16 * 2**20
@@ -73,23 +73,21 @@ class Progress:
             return None
         try:
             tensors, metadata = read_safetensors(path, CacheError)
-            table = parse_json(metadata["progress"])
+            table = parse_json(metadata["progress"], tolerant=True)  # a state may hold infinity
             table["shards"] = [ShardRecord.model_validate(shard) for shard in table["shards"]]
             if table["stream"] is not None:
-                table["stream"] |= tensors
+                table["stream"] = unpacked(table["stream"], tensors)
             return cls(**table)
         except (*HEADER_ERRORS, CacheError) as error:
             raise CacheError(f"{path} is damaged ({words(error)}); remove the folder and write the cache again") from None
 
     def save(self, folder: Path) -> None:
         """Replace what was saved."""
-        tensors = {name: value.contiguous() for name, value in (self.stream or {}).items() if isinstance(value, Tensor)}
         table = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         table["shards"] = [shard.as_dict() for shard in self.shards]
-        if self.stream is not None:
-            table["stream"] = {name: value for name, value in self.stream.items() if name not in tensors}
+        table["stream"], tensors = packed(self.stream, CacheError)
         metadata = {"progress": json.dumps(table)}
-        write_whole(folder / progress_name(self.part, self.parts), lambda path: save_file(tensors, str(path), metadata=metadata))
+        write_whole(folder / progress_name(self.part, self.parts), lambda path: save_file(separate(tensors), str(path), metadata=metadata))
 
     def check(self, identity: Mapping[str, Any], folder: Path) -> None:
         """Raises `CacheError` if the folder was begun with other settings, or if a shard that was written is gone."""

@@ -19,6 +19,7 @@ from lm_saes.activations.cache_format import GROUP_BYTES, MANIFEST_FILE, Manifes
 from lm_saes.activations.cache_progress import Progress, exclusive, finish_cache, room_for, space_errors
 from lm_saes.activations.cache_samples import Block, tensor_bytes
 from lm_saes.activations.quantization import find_outlier_dimensions
+from lm_saes.activations.stream import snapshot
 from lm_saes.config.activations import ActivationFactoryTarget
 from lm_saes.config.generation import ActivationWriterConfig
 from lm_saes.errors import CacheError, ConfigError, DataError
@@ -125,10 +126,10 @@ class _Writing:
         elif progress.shards:
             raise CacheError(f"{self._folder} cannot be gone on with: its stream had no state; write into an empty folder")
         elif self._resumable:
-            progress.stream = self._stream.state_dict()
+            progress.stream = self._state()
         items, skip = iter(self._stream), progress.skip
         while not self._done():
-            before = self._stream.state_dict() if self._resumable and self._may_fill() else None
+            before = self._state() if self._may_fill() else None
             batch = next(items, None)
             if batch is None:
                 break
@@ -136,9 +137,13 @@ class _Writing:
             self._take(batch, skip, before)
             skip = 0
         if self._block is not None and len(self._block) and not self._done():
-            self._write_block(self._stream.state_dict() if self._resumable else None, 0)
+            self._write_block(self._state(), 0)
         if not progress.shards:
             raise DataError("the stream ended before it gave a sample; check the dataset and the filters")
+
+    def _state(self) -> Any:
+        """Where the stream is; None of one without a state."""
+        return snapshot(self._stream.state_dict()) if self._resumable else None
 
     def _may_fill(self) -> bool:
         """Whether a batch like those before could fill the block: only then the stream's state is taken, which can be slow."""

@@ -26,6 +26,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lm_saes.activations.stream import packed, unpacked
 from lm_saes.errors import LmSaesError, RunFolderError
 from lm_saes.files import UNFINISHED, flush, inside, parse_json
 from lm_saes.models.pretrained import WEIGHTS_FILE, read_weights
@@ -46,7 +47,6 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "optimizer.safetensors"
 STREAM_FOLDER = "stream"
 _STREAM_TENSORS = "tensors.safetensors"
-_TENSOR_KEY = "__tensor__"
 _STEP = re.compile(r"step_(\d{1,18})")
 _PIECE = 16 * 2**20
 
@@ -69,15 +69,6 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
 
 
-def on_host(value: Any) -> Any:
-    """A nested state with its tensors on the CPU. Those that are there already are not copied: a state does not change any more."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    return [on_host(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def write_checkpoint(
     run_folder: str | Path,
     step: int,
@@ -92,14 +83,15 @@ def write_checkpoint(
         save_dictionary: writes `config.json` and `sae_weights.safetensors` into the folder it is given.
         tensors: go to `optimizer.safetensors`.
         state: JSON values, go to `state.json`.
-        stream: the stream's state: nested dicts and lists of JSON values and tensors; or a checkpoint that holds it, whose files are shared
-            (hard links; copies where the file system has none).
+        stream: the stream's state, as `packed` takes it; or a checkpoint that holds it, whose files are shared (hard links; copies where the file
+            system has none).
 
     Raises:
-        RunFolderError: the disk is full or cannot be written; older checkpoints are intact.
+        RunFolderError: the disk is full or cannot be written, or the stream's state cannot be saved; older checkpoints are intact.
     """
     folder = Path(run_folder) / CHECKPOINTS
     final, temporary, replaced = folder / f"step_{step}", folder / f"{UNFINISHED}step_{step}", folder / f"{REPLACED}{step}"
+    plain, stream_tensors = packed(None if isinstance(stream, Path) else stream, RunFolderError)
     with disk_errors(f"checkpoint {final}", temporary):
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f"{UNFINISHED}*"):
@@ -113,8 +105,6 @@ def write_checkpoint(
             for path in (stream / STREAM_FOLDER).iterdir():
                 _link(path, temporary / STREAM_FOLDER / path.name)
         elif stream is not None:
-            stream_tensors: dict[str, Tensor] = {}
-            plain = _without_tensors(stream, stream_tensors)
             save_file(separate(stream_tensors), temporary / STREAM_FOLDER / _STREAM_TENSORS)
             (temporary / STREAM_FOLDER / STATE_FILE).write_text(json.dumps(plain), encoding="utf-8")
         written = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*")) if path.is_file()}
@@ -180,25 +170,6 @@ def _checksum(path: Path) -> str:
 
 def _own_checksum(table: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(table).encode())
-
-
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` and referred to by name."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {_TENSOR_KEY: name}
-    if isinstance(value, dict):
-        return {str(key): _without_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_tensors(item, tensors) for item in value]
-    return value
-
-
-def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        return tensors[value[_TENSOR_KEY]] if value.keys() == {_TENSOR_KEY} else {key: _with_tensors(item, tensors) for key, item in value.items()}
-    return [_with_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -296,8 +267,8 @@ def read_checkpoint(folder: Path, with_stream: bool = True) -> Checkpoint:
         stream = None
         if with_stream and (folder / STREAM_FOLDER / STATE_FILE).is_file():
             stream_tensors, _ = read_safetensors(folder / STREAM_FOLDER / _STREAM_TENSORS, RunFolderError)
-            stream = _with_tensors(_json_object(folder / STREAM_FOLDER / STATE_FILE), stream_tensors)
-    except (OSError, KeyError) as error:
+            stream = unpacked(_json_object(folder / STREAM_FOLDER / STATE_FILE), stream_tensors)
+    except (OSError, KeyError, TypeError) as error:
         raise RunFolderError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())}") from None
     except RunFolderError as error:
         raise RunFolderError(f"checkpoint {folder} cannot be read: {error}") from None

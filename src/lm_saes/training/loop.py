@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lm_saes.activations.stream import snapshot
 from lm_saes.errors import DataError, RunFolderError
 from lm_saes.tensor_files import tensors_in
 from lm_saes.training.background import BackgroundWriter
-from lm_saes.training.checkpoint import discard, on_host
+from lm_saes.training.checkpoint import discard
 from lm_saes.training.interruption import Interruption
 from lm_saes.training.run import Run
 from lm_saes.training.step import Batch, flat_batches
@@ -130,7 +131,7 @@ class _Saving:
         for run in runs:
             run.settle()
         sound = [run for run in runs if run.error is None]
-        state = on_host(self._stream.state_dict()) if hasattr(self._stream, "state_dict") else None
+        state = snapshot(self._stream.state_dict()) if hasattr(self._stream, "state_dict") else None
         versions = [(tensor, tensor._version) for tensor in tensors_in(state) if not tensor.is_inference()]
         writes = [run.copy_state(run.cfg.exp_result_path) for run in sound]
 

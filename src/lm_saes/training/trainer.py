@@ -5,6 +5,7 @@ The finished dictionary (folded) is written by whoever called, see `runners.trai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,6 +31,9 @@ class Trainer:
         settings: JSON values kept in every checkpoint, to say what the run was.
         resume: go on from the newest whole checkpoint in the run's folder; a fresh start where there is none yet.
         allow_changes: fields of `cfg` that may differ from those that the run was begun with, when it is resumed.
+
+    Raises:
+        ConfigError: `settings` holds something else than JSON values, or `allow_changes` something that cannot change.
     """
 
     def __init__(
@@ -44,6 +48,10 @@ class Trainer:
         self.cfg = cfg
         """As given; fractions and defaults are resolved when `fit` knows how many steps there are."""
         self._settings = dict(settings or {})
+        try:
+            json.dumps(self._settings)
+        except (TypeError, ValueError) as fault:
+            raise ConfigError(f"settings must be JSON values: {fault}") from None
         self._loggers = list(loggers)
         self._resume = resume
         self._allow = check_allowed(f"trainer.{name.removeprefix('trainer.')}" for name in allow_changes)
@@ -103,8 +111,8 @@ class Trainer:
 
         Args:
             activation_stream: batches `{hook: [N, D], "tokens": [N], "mask": [N]}`, or 2D ones `[B, S, D]`, which are flattened by their
-                mask. To resume it needs `state_dict()` and `load_state_dict(state)`; a state is a snapshot of JSON values and tensors, which
-                must not change when the stream goes on: it is written behind training.
+                mask. To resume it needs `state_dict()` and `load_state_dict(state)`; a state is a snapshot of JSON values, tensors, and
+                numbers and arrays of NumPy; its tensors must not change when the stream goes on: it is written behind training.
             eval_fn: called with the dictionary (eval mode, no gradients) every `eval_frequency` steps; the numbers it returns are logged.
             wandb_logger: any object with `log(metrics, step=...)`.
 
