@@ -185,6 +185,37 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
         read(tmp_path / "a.txt", split="test")
 
 
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        ("train[:80%]", range(8)),
+        ("train[80%:]", range(8, 10)),
+        ("train[25%:75%]", range(2, 8)),
+        ("train[:3]", range(3)),
+        ("train[3:]", range(3, 10)),
+        ("train[8:200]", range(8, 10)),
+    ],
+)
+def test_a_part_of_files_by_the_number_of_the_document(tmp_path: Path, split: str, numbers: range) -> None:
+    import datasets
+
+    rows = [{"text": str(number)} for number in range(10)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for place in ("x.jsonl", "saved"):
+        assert read(tmp_path / place, split=split) == [str(number) for number in numbers]
+
+
+def test_a_part_that_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(["a", "b", "c"]))
+    for split in ("train[5:]", "train[2:1]", "train[:10%]"):
+        with pytest.raises(ConfigError, match="holds none of the 3 documents"):
+            read(tmp_path / "x.json", split=split)
+    for split in ("train[a:]", "test[:50%]", "train[:50%", "train[-1:]"):
+        with pytest.raises(ConfigError, match=r"name a part of it, such as 'train\[:95%\]'"):
+            read(tmp_path / "x.json", split=split)
+
+
 def test_shards(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(["a", "b", "c"]))
     cfg = DatasetConfig(dataset_name_or_path=str(tmp_path / "x.json"))

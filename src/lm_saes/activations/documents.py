@@ -195,17 +195,24 @@ class JoinedDocuments(Documents):
         return self._parts[which][index - (self._ends[which - 1] if which else 0)]
 
 
-class ShardOfDocuments(Documents):
-    """Every `n_shards`-th document, from `shard_idx` on."""
+class SomeDocuments(Documents):
+    """Those of `whole` that have the numbers `indices`."""
 
-    def __init__(self, whole: Documents, shard_idx: int, n_shards: int) -> None:
-        self._whole, self._indices = whole, range(shard_idx, len(whole), n_shards)
+    def __init__(self, whole: Documents, indices: range) -> None:
+        self._whole, self._indices = whole, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Document:
         return self._whole[self._indices[index]]
+
+
+class ShardOfDocuments(SomeDocuments):
+    """Every `n_shards`-th document, from `shard_idx` on."""
+
+    def __init__(self, whole: Documents, shard_idx: int, n_shards: int) -> None:
+        super().__init__(whole, range(shard_idx, len(whole), n_shards))
 
 
 class StreamedTable:

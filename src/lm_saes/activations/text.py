@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from lm_saes.activations.documents import (
     JsonLinesDocuments,
     ListedDocuments,
     ShardOfDocuments,
+    SomeDocuments,
     StreamedTable,
     TableDocuments,
     decoded,
@@ -51,9 +53,7 @@ def load_dataset(cfg: DatasetConfig, is_dataset_tokenized: bool = False) -> Docu
         return _on_disk(cfg, field)
     if Path(place).exists() or Path(place).suffix.lower() in SUFFIXES or "*" in place:
         _only_for_the_hub(cfg, "name", "revision", "streaming")
-        if cfg.split != "train":
-            raise ConfigError(f"{place} has no splits: leave split out, or name another file (got split = '{cfg.split}')")
-        return _files(place, cfg, field)
+        return _part(_files(place, cfg, field), cfg)
     return _from_hub(cfg, field)
 
 
@@ -130,9 +130,29 @@ def _on_disk(cfg: DatasetConfig, field: Field) -> Documents:
             splits = [str(split) for split in table]
             raise DataError(f"{place} has no split '{cfg.split}'{did_you_mean(cfg.split, splits)} (there: {', '.join(splits)})")
         table = table[cfg.split]
-    elif cfg.split != "train":
-        raise ConfigError(f"{place} was saved without splits: leave split out (got split = '{cfg.split}')")
+    else:
+        return _part(TableDocuments(Path(place).name, table, field), cfg)
     return TableDocuments(Path(place).name, table, field)
+
+
+def _part(documents: Documents, cfg: DatasetConfig) -> Documents:
+    """The documents, or those that a slice names as it does for a dataset of the hub: "train[:95%]", "train[95%:]", "train[1000:2000]"."""
+    if cfg.split == "train":
+        return documents
+    found = re.fullmatch(r"train\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\]", cfg.split)
+    if found is None:
+        raise ConfigError(
+            f"{cfg.dataset_name_or_path} has no splits: leave split out, or name a part of it, such as 'train[:95%]' (got split = '{cfg.split}')"
+        )
+    start, start_in, stop, stop_in = found.groups()
+    ends = [
+        round(int(end) * len(documents) / 100) if unit else int(end)
+        for end, unit in ((start or "0", start_in), (stop or "100", stop_in if stop else "%"))
+    ]
+    chosen = range(len(documents))[ends[0] : ends[1]]
+    if not chosen:
+        raise ConfigError(f"split = '{cfg.split}' holds none of the {len(documents):,} documents of {cfg.dataset_name_or_path}")
+    return SomeDocuments(documents, chosen)
 
 
 def _check_names(folder: Path) -> None:

@@ -86,7 +86,7 @@ class DatasetConfig(BaseConfig):
     name: str | None = None
     """Configuration name on the hub."""
     split: str = "train"
-    """Split ("train" or "heldout" for the demo corpus)."""
+    """Split ("train" or "heldout" for the demo corpus); or a part by the number of the document, "train[:95%]" and "train[95%:]"."""
     text_column: str = "text"
     """Column that holds the text."""
     streaming: bool = False
