@@ -221,9 +221,12 @@ class SparseDictionary(ActivationSpace):
             update_dead_statistics: (codes, mask) -> which latents are dead [F]; without it none is.
 
         Returns:
-            the loss, or with `return_aux_data` (loss, {"losses": weighted terms by name, "forward", "x", "target", "mask", "dead"}).
+            the loss, or with `return_aux_data` (loss, {"losses": weighted terms by name, "forward", "x", "target", "mask", "dead"}); x and target are
+            zero outside the mask.
         """
         x, target, mask = _rows(self.prepare_input(batch)), _rows(self.prepare_label(batch)), _row_mask(batch)
+        if mask is not None:  # what lies outside may be anything, and 0 times NaN is NaN in a gradient
+            x, target = (rows.masked_fill(~mask[:, None], 0.0) for rows in (x, target))
         forward = self.run(x, mask=mask, target=target)
         dead = None if update_dead_statistics is None else update_dead_statistics(forward.codes, mask)
         weights = losses.LossWeights(
