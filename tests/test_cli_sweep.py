@@ -47,7 +47,7 @@ def test_a_sweep_in_which_every_run_is_stopped_fails(tmp_path, settings, monkeyp
 
 
 def test_dry_run_of_a_sweep_lists_its_runs_and_leaves_nothing(tmp_path, settings, monkeypatch, capsys):
-    monkeypatch.setattr("lm_saes.estimate_sweep.CALIBRATION_SECONDS", 0.3)
+    monkeypatch.setattr("lm_saes.estimate.CALIBRATION_SECONDS", 0.3)
     path = write(tmp_path, settings)
     assert run("sweep", path, "--grid", "sae.expansion_factor=2,4", "--dry-run", monkeypatch=monkeypatch) == 0
     output = capsys.readouterr().out

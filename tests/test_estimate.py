@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from lm_saes import SAEConfig, SparseAutoEncoder, TrainSAESettings
 from lm_saes.config import ActivationFactoryActivationsSource
-from lm_saes.errors import ConfigError
+from lm_saes.errors import ConfigError, NonFiniteError
 from lm_saes.estimate import KNOBS, Estimate, duration, estimate, refuse_what_cannot_fit, size
 from lm_saes.memory import LIBRARIES, device_of, phases
 from lm_saes.runners import train_sae
@@ -148,6 +150,22 @@ def test_the_rate_is_measured_and_nothing_is_left_behind(settings, monkeypatch, 
     assert rows["parameters of the dictionary"] == f"{result.parameters:,}"
     assert rows["steps"] == "10"
     assert "tokens/s" in rows["time"]
+
+
+def test_an_interrupted_dry_run_saves_nothing(settings, monkeypatch, tmp_path):
+    """Not even where it would be thrown away: that could be gigabytes."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("lm_saes.training.run.write_checkpoint", lambda *_: pytest.fail("a checkpoint was written"))
+    monkeypatch.setattr("lm_saes.training.run.Run.step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        estimate(settings)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_run_that_would_be_stopped_is_not_estimated(settings):
+    with pytest.raises(NonFiniteError, match=r"not finite|NaN"):
+        estimate(settings.replace(trainer=settings.trainer.replace(lr=1e30)))
 
 
 def test_a_saved_dictionary_is_counted_from_its_folder(settings, tmp_path):

@@ -9,19 +9,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_saes import memory
-from lm_saes.assembly import check_joints, dictionary_config, open_model, open_stream, start_dictionary, with_device
+from lm_saes.assembly import check_joints, dictionary_config, first_batches, open_model, open_stream, start_dictionary, with_device
 from lm_saes.config import TrainerConfig, TrainSAESettings
 from lm_saes.errors import ConfigError
 from lm_saes.files import existing_part
 from lm_saes.fitting import available_memory, cut_to_fit, remedy
-from lm_saes.models.sparse_dictionary import SparseDictionary
-from lm_saes.training.trainer import Trainer
+from lm_saes.training.loop import train
+from lm_saes.training.run import Run
 
 if TYPE_CHECKING:
     from lm_saes.lm.language_model import LanguageModel
@@ -116,9 +116,7 @@ def estimate(settings: TrainSAESettings, calibrate: bool = True) -> Estimate:
     (settings,), note = cut_to_fit([settings], model, available_memory(memory.device_of(settings, model)))
     result = count_sizes(settings, model)
     result.notes += [note] if note else []
-    if calibrate and result.fits:
-        _calibrate(settings, model, result)
-    return result
+    return calibrated(result, [settings], model) if calibrate and result.fits else result
 
 
 def count_sizes(settings: TrainSAESettings, model: LanguageModel | None) -> Estimate:
@@ -150,21 +148,34 @@ def refuse_what_cannot_fit(result: Estimate) -> None:
         )
 
 
-def _calibrate(settings: TrainSAESettings, model: LanguageModel | None, result: Estimate) -> None:
-    """Run the job itself for a while, in a folder that is removed."""
+Counted = TypeVar("Counted", bound=Estimate)
+
+
+def calibrated(result: Counted, members: Sequence[TrainSAESettings], model: LanguageModel | None) -> Counted:
+    """The estimate of a run, or of several that are trained together, with its rate: the job itself, run for a while in a folder that is removed.
+
+    Raises:
+        LmSaesError: whatever would stop the job.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; nothing is left behind.
+    """
     with tempfile.TemporaryDirectory(prefix="lm-saes-dry-run-") as name:
         start = time.monotonic()
-        trainer_cfg = settings.trainer.replace(exp_result_path=str(Path(name) / "run"), n_checkpoints=0)
-        settings = settings.replace(trainer=trainer_cfg)
-        stream = TimedStream(open_stream(settings, model, trainer_cfg.seed))
-        sae: SparseDictionary = start_dictionary(settings, stream, model)
-        result.startup_seconds = time.monotonic() - start
+        stream = TimedStream(open_stream(members[0], model, members[0].data_seed))
+        batches = stream if len(members) == 1 else first_batches(members[0], stream)
+        runs = []
+        for index, member in enumerate(members):
+            cfg = member.trainer.replace(exp_result_path=str(Path(name) / str(index)), n_checkpoints=0)
+            runs.append(Run(start_dictionary(member, batches, model), cfg))
+        del batches
+        startup = time.monotonic() - start
         stream.begin(CALIBRATION_SECONDS)
-        Trainer(trainer_cfg).fit(sae, stream)
-        if stream.tokens:
-            result.tokens_per_second = stream.tokens / stream.elapsed
-        else:
-            result.notes.append("the stream gave no batch, so the time could not be measured")
+        train(runs, stream, save_when_interrupted=False)
+    errors = [run.error for run in runs if run.error is not None]
+    if len(errors) == len(runs):
+        raise errors[0]
+    if not stream.tokens:
+        return replace(result, notes=[*result.notes, "the stream gave no batch, so the time could not be measured"])
+    return replace(result, tokens_per_second=stream.tokens / stream.elapsed, startup_seconds=startup)
 
 
 class TimedStream:

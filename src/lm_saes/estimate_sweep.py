@@ -5,20 +5,14 @@ All dictionaries and their optimizers are in memory at the same time; the langua
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from lm_saes.assembly import check_joints, first_batches, open_model, open_stream, start_dictionary, with_device
+from lm_saes.assembly import check_joints, open_model, with_device
 from lm_saes.config import SweepSAESettings, TrainSAESettings
-from lm_saes.estimate import CALIBRATION_SECONDS, KNOBS, Estimate, TimedStream, count_sizes, refuse_what_cannot_fit, whole_checkpoints
+from lm_saes.estimate import KNOBS, Estimate, calibrated, count_sizes, refuse_what_cannot_fit, whole_checkpoints
 from lm_saes.fitting import available_memory, cut_to_fit
 from lm_saes.lm.language_model import LanguageModel
 from lm_saes.memory import DICTIONARY, ONE_FOR_EACH, device_of, largest, phases_together, stream_state_bytes
-from lm_saes.training.loop import train
-from lm_saes.training.run import Run
 
 OF_EACH_RUN = DICTIONARY
 """The part of `Estimate.memory` that the table of a sweep's runs shows."""
@@ -53,9 +47,7 @@ def estimate_sweep(settings: SweepSAESettings, calibrate: bool = True) -> tuple[
     each = [count_sizes(member, model) for member in members]
     result = together(members, each, model)
     result.notes += [note] if note else []
-    if calibrate and result.fits:
-        result = _calibrated(result, members, model)
-    return result, each
+    return (calibrated(result, members, model) if calibrate and result.fits else result), each
 
 
 def fitted(members: Sequence[TrainSAESettings], model: LanguageModel | None) -> tuple[list[TrainSAESettings], str | None]:
@@ -89,22 +81,3 @@ def together(members: Sequence[TrainSAESettings], each: Sequence[Estimate], mode
         notes=list(dict.fromkeys(note for one in each for note in one.notes)),
         phases=phases,
     )
-
-
-def _calibrated(result: SweepEstimate, members: Sequence[TrainSAESettings], model: LanguageModel | None) -> SweepEstimate:
-    """Run the job itself for a while, in a folder that is removed."""
-    with tempfile.TemporaryDirectory(prefix="lm-saes-dry-run-") as name:
-        start = time.monotonic()
-        stream = TimedStream(open_stream(members[0], model, members[0].data_seed))
-        batches = first_batches(members[0], stream)
-        runs = []
-        for index, member in enumerate(members):
-            cfg = member.trainer.replace(exp_result_path=str(Path(name) / str(index)), n_checkpoints=0)
-            runs.append(Run(start_dictionary(member, batches, model), cfg))
-        del batches
-        startup = time.monotonic() - start
-        stream.begin(CALIBRATION_SECONDS)
-        train(runs, stream)
-    if not stream.tokens:
-        return replace(result, notes=[*result.notes, "the stream gave no batch, so the time could not be measured"])
-    return replace(result, tokens_per_second=stream.tokens / stream.elapsed, startup_seconds=startup)

@@ -23,7 +23,7 @@ from lm_saes.training.run import Run
 from lm_saes.training.step import Batch, flat_batches
 
 
-def train(runs: Sequence[Run], stream: Any) -> bool:
+def train(runs: Sequence[Run], stream: Any, *, save_when_interrupted: bool = True) -> bool:
     """Train all runs on the same batches in the same order, to the end of each.
 
     A run that meets a number that is not finite stops, with its `error` set; the others go on.
@@ -32,6 +32,7 @@ def train(runs: Sequence[Run], stream: Any) -> bool:
         runs: fresh ones, or ones that go on from checkpoints of the same moment (a run that is finished may have an older one).
         stream: batches `{hook: [N, D], "tokens": [N], "mask": [N]}`, or 2D ones, which are flattened by their mask. To be resumed it needs
             `state_dict()` and `load_state_dict(state)`.
+        save_when_interrupted: not for runs whose folders are thrown away.
 
     Returns:
         Whether the stream ended before the last run did.
@@ -45,7 +46,7 @@ def train(runs: Sequence[Run], stream: Any) -> bool:
     try:
         batches = _begin(runs, stream)
         with BackgroundWriter() as writer, Interruption() as interruption:
-            return _loop(runs, batches, _Saving(runs, stream, writer), interruption)
+            return _loop(runs, batches, _Saving(runs, stream, writer), interruption, save_when_interrupted)
     finally:
         for run in runs:
             run.close()
@@ -75,7 +76,7 @@ def _begin(runs: Sequence[Run], stream: Any) -> Iterator[Batch]:
     return batches
 
 
-def _loop(runs: Sequence[Run], batches: Iterator[Batch], saving: _Saving, interruption: Interruption) -> bool:
+def _loop(runs: Sequence[Run], batches: Iterator[Batch], saving: _Saving, interruption: Interruption, save_when_interrupted: bool) -> bool:
     while active := [run for run in runs if not run.finished]:
         saving.check()
         batch = next(batches, None)
@@ -86,6 +87,8 @@ def _loop(runs: Sequence[Run], batches: Iterator[Batch], saving: _Saving, interr
             run.step(batch)
             if run.error is not None and len(runs) > 1:  # else whoever called says it
                 run.message(f"stopped: {run.error}")
+        if interruption.requested and not save_when_interrupted:
+            raise KeyboardInterrupt
         if interruption.requested or saving.is_due(active):
             saved = saving.save(active)
             if interruption.requested:
