@@ -113,6 +113,8 @@ def test_without_the_filter_outliers_count_in_everything_and_are_described_all_t
     assert record.tokens == len(x)
     assert record.outlier_tokens.squares_share == pytest.approx(2500 / (2500 + len(x) - 1))
     assert record.largest_norm == pytest.approx(50)
+    assert record.mean_norm == pytest.approx((len(x) - 1 + 50) / len(x))
+    assert record.scale == pytest.approx(math.sqrt(WIDTH) / record.mean_norm), "by the mean norm, not its root mean square"
 
 
 def test_an_outlier_at_one_hook_point_is_none_at_another() -> None:
