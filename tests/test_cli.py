@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 from lm_saes import cli, commands
@@ -104,7 +105,7 @@ def test_train_then_evaluate_then_show(tmp_path, settings, monkeypatch, capsys):
     assert run("evaluate", str(tmp_path / "run"), "--baseline", "pca", "--eval.total_eval_tokens", "500", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "pca-3" in shown
-    assert "evaluation on text it was trained on name other text in eval_datasets" in " ".join(shown.split())
+    assert "evaluation on text it was trained on (eval_datasets names other text)" in " ".join(shown.split())
     assert run("show", str(tmp_path / "run"), "--n", "2", monkeypatch=monkeypatch) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("fires on 0.") == 2
@@ -415,3 +416,20 @@ def test_warnings_are_one_line_without_a_place_in_the_code(tmp_path, settings):
     assert ended.returncode == 0
     assert 'warning: act_fn "relu" without a sparsity loss trains a dense autoencoder;' in ended.stderr
     assert ".py" not in ended.stderr
+
+
+def test_a_run_on_activations_from_disk_is_shown_without_features(tmp_path, settings, capsys, monkeypatch):
+    """It ended in an error after the summary."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    numpy.save(folder / "a.npy", numpy.random.default_rng(0).normal(size=(4096, 8)).astype("float32"))
+    del settings["model"], settings["datasets"]
+    settings["sae"] = {"hook_point_in": "h", "d_model": 8, "expansion_factor": 2, "act_fn": "topk", "top_k": 2}
+    settings["activation_factory"] = {"sources": [{"name": "own", "path": str(folder)}], "hook_points": ["h"], "batch_size": 256}
+    assert run("train", write(tmp_path, settings), monkeypatch=monkeypatch) == 0
+    assert run("show", tmp_path / "run", monkeypatch=monkeypatch) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "activations own (" in shown
+    assert "no features: this run was trained without a language model" in shown
+    assert run("show", "feature", tmp_path / "run", "1", monkeypatch=monkeypatch) == 2
+    assert_one_line(capsys.readouterr().err)

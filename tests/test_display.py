@@ -106,6 +106,11 @@ def test_a_summary_names_the_model_the_dictionary_and_the_text():
     assert rows["dictionary"] == "transcoder of 32 latents over 8 dimensions, topk, k = 3"
     assert (rows["hook point"], rows["text"], rows["tokens"]) == ("a → b", "web (c4), demo", "12,000")
     assert "[red]gpt[/red]" in printed(display.rows_table(list(rows.items())))
+    of_disk = {"sources": [{"name": "web", "path": "caches/web"}, {"name": "own", "path": {"a": "one", "b": "two"}}]}
+    rows = dict(display.summary_rows({**settings, "model": None, "activation_factory": of_disk}))
+    assert "model" not in rows
+    assert "text" not in rows
+    assert rows["activations"] == "web (caches/web), own (one, two)"
     tuned = dict(display.summary_rows({**settings, "sae": {"pretrained_name_or_path": "runs/x"}}))
     assert tuned["dictionary"] == "fine-tuned from runs/x"
 
@@ -118,3 +123,10 @@ def test_a_file_that_holds_no_object_is_none(tmp_path):
 
 def test_wide_characters_count_as_the_two_cells_that_they_take():
     assert display.context_line(["語", "語", "語"], [1.0] * 3, 2, 1.0, 5).plain == "語語"
+
+
+@pytest.mark.parametrize(
+    ("largest", "shown"), [(143.2149, "max 143.21"), (1.0, "max 1.00"), (0.10234, "max 0.102"), (3e-5, "max 3e-05"), (0.0, "max 0.00")]
+)
+def test_small_activations_keep_their_digits(largest, shown):
+    assert shown in printed(display.feature_card(Feature(7, 0.0125, largest, []), 60))

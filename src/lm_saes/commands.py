@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 FEATURE_TOKENS = 200_000
 """Tokens of the evaluation's text searched for contexts of features."""
 SHOWN = 6
+NO_TEXT = "this run was trained without a language model, so there is no text to show; set `model` and `eval_datasets` in its settings.json"
 
 
 RUN_FILES = (
@@ -119,7 +120,7 @@ def train_with_bar(settings: TrainSAESettings, resume: bool, terminal: display.T
 def _print_evaluation(results: dict[str, Any], settings: StreamSettings, terminal: display.Terminal) -> None:
     """The metrics under a heading that says what they were measured on."""
     on = evaluated_on(settings)
-    seen = "" if on == "held-out text" else "  name other text in eval_datasets to see how it does on what it has not seen"
+    seen = "" if on == "held-out text" else "  (eval_datasets names other text)"
     terminal.print(Text(f"\nevaluation on {on}", style="bold").append(seen, style="dim"))
     terminal.print(display.evaluation_table(results))
 
@@ -172,11 +173,10 @@ def sweep(settings: SweepSAESettings, resume: bool = False, allow_changes: Seque
 
 def sweep_rows(settings: SweepSAESettings, members: Sequence[TrainSAESettings]) -> list[tuple[str, str]]:
     """What is swept over what."""
-    common = {name: text for name, text in display.summary_rows(members[0].as_dict()) if name in ("model", "text")}
+    common = [row for row in display.summary_rows(members[0].as_dict()) if row[0] in ("model", "text", "activations")]
     tokens = dict.fromkeys(f"{member.trainer.total_training_tokens:,}" for member in members)
     return [
-        ("model", common["model"]),
-        ("text", common["text"]),
+        *common,
         ("hook points", ", ".join(settings.hook_points)),
         ("dictionaries", f"{len(members)} on one stream"),
         ("tokens", ", ".join(tokens)),
@@ -281,10 +281,14 @@ def show_run(run: Path, n: int = SHOWN, terminal: display.Terminal | None = None
 
 
 def show_features(run: Path, n: int, terminal: display.Terminal) -> None:
-    """A handful of a run's features, and the command that shows more of one."""
+    """A handful of a run's features, and the command that shows more of one; where the run has no language model, why there are none."""
+    settings = settings_of_run(run)
+    if settings.model is None:
+        terminal.print(Text(f"\nno features: {NO_TEXT}", style="dim"))
+        return
     with terminal.status("reading text"):
         features = features_of_run(run, n)
-    where = evaluated_on(settings_of_run(run))
+    where = evaluated_on(settings)
     firing = "in « » the token it fires hardest on" if terminal.marked else "the warmer a token, the harder it fires on it"
     terminal.print(Text("\nfeatures", style="bold").append(f"  and where each fires in {where}: {firing}", style="dim"))
     for feature in features:
@@ -315,7 +319,7 @@ def _at_least_one(name: str, value: int) -> None:
 
 def _needed(model: LanguageModel | None) -> LanguageModel:
     if model is None:
-        raise ConfigError("this run was trained without a language model, so there is no text to show; set `model` in its settings.json")
+        raise ConfigError(NO_TEXT)
     return model
 
 

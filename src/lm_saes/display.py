@@ -129,7 +129,7 @@ def feature_card(feature: Feature, width: int, n_contexts: int = 5, marked: bool
     """A latent's head line and its strongest contexts; `marked` as for `context_line`."""
     head = Text.assemble(
         (f"feature {feature.index}", "bold"),
-        (f"   fires on {feature.density:.3%} of tokens   max {feature.max_activation:.2f}", "dim"),
+        (f"   fires on {feature.density:.3%} of tokens   max {_activation(feature.max_activation)}", "dim"),
     )
     if not feature.contexts:
         return Group(head, Text("  did not fire on this text", style="dim"))
@@ -140,11 +140,18 @@ def feature_card(feature: Feature, width: int, n_contexts: int = 5, marked: bool
     return Group(head, *(Padding(line, (0, 0, 0, 2)) for line in lines))
 
 
+def _activation(value: float) -> str:
+    """Two decimals, or three digits where activations are small."""
+    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
+
+
 def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is trained on what, from settings as JSON values."""
     sae, trainer, model = settings["sae"], settings["trainer"], settings.get("model") or {}
     seed = model.get("random_weights")
-    rows = [("model", str(model.get("model_name", "–")) + ("" if seed is None else f", untrained: weights drawn with seed {seed}"))]
+    rows = []
+    if model:
+        rows.append(("model", str(model.get("model_name", "–")) + ("" if seed is None else f", untrained: weights drawn with seed {seed}")))
     if "hook_point_in" in sae:
         latents = int(sae["d_model"] * sae["expansion_factor"])
         sparsity = f", k = {sae['top_k']}" if sae["act_fn"] in {"topk", "batchtopk"} else ""
@@ -154,8 +161,12 @@ def summary_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         rows.append(("dictionary", f"fine-tuned from {sae['pretrained_name_or_path']}"))
     datasets = settings.get("datasets") or {}
-    paths = {source["name"]: datasets.get(source["name"], {}).get("dataset_name_or_path") for source in settings["activation_factory"]["sources"]}
-    rows.append(("text", ", ".join(name if path in (None, name) else f"{name} ({path})" for name, path in paths.items())))
+    places: dict[str, list[str]] = {}
+    for source in settings["activation_factory"]["sources"]:
+        name, place = source["name"], source.get("path") or datasets.get(source["name"], {}).get("dataset_name_or_path")
+        shown = name if place in (None, name) else f"{name} ({place if isinstance(place, str) else ', '.join(place.values())})"
+        places.setdefault("activations" if "path" in source else "text", []).append(shown)
+    rows += [(kind, ", ".join(shown)) for kind, shown in places.items()]
     rows.append(("tokens", f"{trainer['total_training_tokens']:,}"))
     if trainer.get("frozen"):
         rows.append(("frozen", f"the {trainer['frozen']}: it stays as it starts"))
