@@ -65,6 +65,7 @@ def test_two_unequal_variances_have_the_entropy_of_their_deviations() -> None:
     expected = math.exp(-p * math.log(p) - (1 - p) * math.log(1 - p))
     assert inspect(x).dimensionality.effective_rank == pytest.approx(expected, rel=1e-6)
     assert inspect(x).dimensionality.variance_99 == 2
+    assert inspect(x).spectrum == pytest.approx((0.9, 0.1)), "of variances"
 
 
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), cut=st.integers(10, 200))
