@@ -137,7 +137,7 @@ def _train(
     for settings in members:
         check_joints(settings, model)
     fitting, cut = fitted([_as_begun(settings, checkpoints[index]) for index, settings in going.items()], model)
-    trainers = {index: settings.trainer for index, settings in zip(going, fitting, strict=True)}
+    micro_batches = {index: settings.trainer.gradient_accumulation_steps for index, settings in zip(going, fitting, strict=True)}
     report(members[0], "model", model)
     stream = open_stream(with_device(members[0]), model, members[0].data_seed)
     configured = {index: [*loggers[index], *_configured_loggers(settings, several)] for index, settings in going.items()}
@@ -157,8 +157,10 @@ def _train(
         sae.provenance = provenance(members[index], model)
         _write(_folder(settings) / "settings.json", table)
         eval_fn = _evaluation_during_training(settings, model) if settings.eval else None
-        trainer = trainers[index] if checkpoint is None or trainers[index].gradient_accumulation_steps > 1 else settings.trainer
-        said = [*notes[index], *found[index], *([cut] if cut and trainer != settings.trainer else [])]
+        trainer, said = settings.trainer, [*notes[index], *found[index]]
+        if micro_batches[index] != trainer.gradient_accumulation_steps:  # else it stays unset where nobody set it: `_as_begun` looks at that
+            trainer = trainer.replace(gradient_accumulation_steps=micro_batches[index])
+            said += [cut] if cut else []
         runs[index] = Run(sae, trainer, loggers=configured[index], settings=table, checkpoint=checkpoint, notes=said, eval_fn=eval_fn)
     del start
     if runs:
@@ -170,10 +172,10 @@ def _train(
     runs.clear()  # and with them the optimizers
     for index, sae in finished.items():
         _save(sae, members[index])
-    baselines: dict[tuple[str, int], Metrics] = {}
+    known: dict[tuple[str, int], Metrics] = {}
     for index, sae in finished.items():
         if placed[index].eval:
-            results = evaluate_dictionary(sae, placed[index].eval_config, placed[index], model, baselines=baselines)
+            results = evaluate_dictionary(sae, placed[index].eval_config, placed[index], model, baselines=known)
             write_json(_folder(members[index]) / "evaluation.json", results)
             report(members[index], "evaluation", results)
     return [Outcome(settings, finished.get(index), errors.get(index)) for index, settings in enumerate(members)]
