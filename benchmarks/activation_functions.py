@@ -67,8 +67,8 @@ class Batches:
             yield {self.hook: self.activations[rows].float(), "tokens": self.tokens[rows], "mask": torch.ones(BATCH, dtype=torch.bool)}
 
 
-def capture(model: Any, n_tokens: int, seed: int) -> Batches:
-    """`n_tokens` shuffled activations of the training files."""
+def capture(model: Any, n_tokens: int, seed: int, split: str = "train") -> Batches:
+    """`n_tokens` shuffled activations of the training files, or of the held-out ones."""
     cfg = ActivationFactoryConfig(
         sources=[ActivationFactoryDatasetSource(name="demo")],
         hook_points=[HOOK],
@@ -77,7 +77,7 @@ def capture(model: Any, n_tokens: int, seed: int) -> Batches:
         context_size=256,
         model_batch_size=16,
     )
-    stream = ActivationFactory(cfg).process(model=model, datasets={"demo": DatasetConfig(dataset_name_or_path="demo")}, seed=seed)
+    stream = ActivationFactory(cfg).process(model=model, datasets={"demo": DatasetConfig(dataset_name_or_path="demo", split=split)}, seed=seed)
     activations, tokens = (
         torch.empty(n_tokens // BATCH * BATCH, model.d_model, dtype=torch.float32),
         torch.empty(n_tokens // BATCH * BATCH, dtype=torch.int64),
