@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from lm_saes.cli import recipe
+from lm_saes.config import TrainSAESettings
+from lm_saes.config.base import merge, validated
+from lm_saes.records import evaluated_on
 from tests.lm.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +61,14 @@ def test_every_block_runs(page, tmp_path, monkeypatch, short_demo_run):
             code = re.sub(r"expansion_factor=\d+", "expansion_factor=1", code)
         torch.manual_seed(0)
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+def test_the_settings_for_text_of_ones_own_are_settings_and_hold_some_out():
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    settings = validated(TrainSAESettings, merge(tomllib.loads(recipe("demo").read_text(encoding="utf-8")), tomllib.loads(block)))
+    assert [source.name for source in settings.activation_factory.sources] == ["mine"]
+    assert evaluated_on(settings) == "held-out text"
 
 
 def test_the_readme_has_what_it_promises():

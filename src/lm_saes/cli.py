@@ -131,7 +131,7 @@ def sweep(
 
 @app.command(sort_key=4)
 def evaluate(target: Path, *overrides: Overrides, baseline: list[str] | None = None) -> None:
-    """Evaluate a run's dictionary on held-out text, or what a settings file (EvaluateSAESettings) names.
+    """Evaluate a run's dictionary, on held-out text where its settings name some; or what a settings file (EvaluateSAESettings) names.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def compare(first: Path, second: Path, *, tokens: int | None = None, json: bool 
     second
         Another one.
     tokens
-        Evaluate both on so many tokens of the same held-out text, that of the first folder which is a run's.
+        Evaluate both on so many tokens of the same text, that on which the first folder which is a run's is evaluated.
     json
         Print the whole record as JSON instead.
     """
@@ -240,7 +240,7 @@ def show_run(run: Path, *, n: Count = 6) -> None:
 
 @show.command(name="feature")
 def show_feature(run: Path, index: int, *, n: Count = 10, tokens: int = 200_000) -> None:
-    """One feature: the contexts of the held-out text in which it fires hardest.
+    """One feature: the contexts in which it fires hardest, of the text that the run is evaluated on.
 
     Parameters
     ----------
