@@ -36,6 +36,7 @@ def test_defaults_that_exceed_the_run_are_clamped_with_one_line_each():
     assert len(lines) == 3
     assert all("default" in line for line in lines)
     assert (cfg.lr_cool_down_steps, cfg.l1_coefficient_warmup_steps, cfg.k_warmup_steps) == (200, 100, 100)
+    assert lines[1].startswith("dead_threshold: the default of 10,000,000 tokens exceeds a quarter of the run; 16,000 is used")
 
 
 def test_defaults_that_fit_and_values_that_were_set_are_obeyed():

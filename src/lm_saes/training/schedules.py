@@ -70,7 +70,7 @@ def resolve(cfg: TrainerConfig, total_steps: int, tokens_per_batch: int, say: Ca
         default = changes.get(name, getattr(cfg, name))
         if name not in cfg.model_fields_set and default > limit:
             changes[name] = limit
-            say(f"{name}: the default of {default:,} {unit} exceeds {share}; {limit:,.10g} is used (set it to override)")
+            say(f"{name}: the default of {default:,.10g} {unit} exceeds {share}; {limit:,.10g} is used (set it to override)")
     return cfg.replace(**changes)
 
 
