@@ -183,3 +183,12 @@ def test_control_groups_of_the_older_kind(tmp_path: Path) -> None:
 
 def test_without_control_groups_there_are_no_limits(tmp_path: Path) -> None:
     assert list(fitting._left_to_groups(tmp_path)) == []
+
+
+def test_a_system_without_limits_has_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most desktops: it ended in a traceback."""
+    monkeypatch.setattr(fitting, "_left_to_groups", lambda: iter(()))
+    assert fitting.available_memory(torch.device("cpu")) > fitting.resident_memory()
+    monkeypatch.setattr(fitting, "_left_to_groups", lambda: iter((1000, 0)))
+    if Path("/proc/meminfo").exists():
+        assert fitting.available_memory(torch.device("cpu")) < 2 * fitting.resident_memory()

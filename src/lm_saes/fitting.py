@@ -71,7 +71,7 @@ def available_memory(device: torch.device) -> int:
     with suppress(OSError):  # only Linux says what is free
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, *_left_to_groups()) + resident_memory()
+                return min([int(line.split()[1]) * 1024, *_left_to_groups()]) + resident_memory()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else UNKNOWN  # all there is, then
 
 
