@@ -10,7 +10,8 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def demo(*overrides: Overrides, out: Path = Path("runs/demo"), again: bool = Fal
     """
     from lm_saes import commands
 
-    settings = _settings(recipe("demo"), overrides, out)
+    settings = _settings(demo, recipe("demo"), overrides, out)
     commands.demo(settings, again=again, changed=bool(overrides))
 
 
@@ -87,7 +88,7 @@ def train(
     baseline
         Train a baseline of the run instead, in `baselines/` of its folder: `frozen-decoder`, `frozen-encoder` or `untrained-lm`.
     """
-    settings = _settings(_file(config), overrides)
+    settings = _settings(train, _file(config), overrides)
     if baseline is not None:
         from lm_saes.config.baselines import baseline_settings
 
@@ -190,14 +191,15 @@ def inspect(
     spectrum
         Draw the spectra into this file (.png, .svg, .pdf; needs the extra `plot`).
     """
-    settings = None if config is None else _settings(_file(config), ())
+    settings = None if config is None else _settings(inspect, _file(config), ())
     from lm_saes.config import DatasetConfig
+    from lm_saes.config.base import validated
     from lm_saes.inspection import command
 
     if text_column is not None and text is None:
         raise ConfigError("--text-column names a column of --text; give both")
     names = None if hook_points is None else [name.strip() for name in hook_points.split(",") if name.strip()]
-    source = text if text is None or text_column is None else DatasetConfig(dataset_name_or_path=text, text_column=text_column)
+    source = text if text is None or text_column is None else validated(DatasetConfig, {"dataset_name_or_path": text, "text_column": text_column})
     where = {"model": model, "text": source, "context_size": context_size, "device": device}
     command.inspect(settings, names, tokens=tokens, as_json=json, spectrum=spectrum, **where)
 
@@ -312,21 +314,23 @@ def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
     return parse_overrides(words)
 
 
-def _check_options(names: Iterable[str], fields: Iterable[str]) -> None:
-    """A word of the command line that is no setting and nearly an option is that option, misspelt."""
-    options = [argument.name for argument in app[sys.argv[1]].assemble_argument_collection() if argument.name.startswith("--")]
+def _check_options(command: Callable[..., None], names: Iterable[str]) -> None:
+    """A word of the command line that is no setting anywhere and nearly an option of the command is that option, misspelt."""
+    from lm_saes.config.base import is_field
+
+    options = [f"--{name.replace('_', '-')}" for name, option in signature(command).parameters.items() if option.kind is option.KEYWORD_ONLY]
     for name in names:
-        near = did_you_mean(f"--{name.replace('_', '-')}", options)
-        if name not in fields and near:
+        near = "" if is_field(name) else did_you_mean(f"--{name.replace('_', '-')}", options)
+        if near:
             raise ConfigError(f"no option or setting --{name}{near}")
 
 
-def _settings(path: Path, words: tuple[str, ...], out: Path | None = None) -> TrainSAESettings:
+def _settings(command: Callable[..., None], path: Path, words: tuple[str, ...], out: Path | None = None) -> TrainSAESettings:
     from lm_saes.config import TrainSAESettings, load_settings
     from lm_saes.config.base import merge
 
     table = _overrides(words)
-    _check_options(table, TrainSAESettings.model_fields)
+    _check_options(command, table)
     if out is not None:
         table = merge({"trainer": {"exp_result_path": str(out)}}, table)
     return load_settings(TrainSAESettings, path, table)
@@ -341,20 +345,17 @@ def _sweep_settings(config: Path, words: tuple[str, ...], grid: list[str], out: 
     if "items" not in read_config_file(path):
         if not grid:
             raise ConfigError(f"{path} holds the settings of one run; say what differs, such as --grid trainer.lr=1e-4,3e-4")
-        return SweepSAESettings.from_grid(_settings(path, words, out), parse_grid(grid))
+        return SweepSAESettings.from_grid(_settings(sweep, path, words, out), parse_grid(grid))
     if grid:
         raise ConfigError(f"{path} lists its runs (items), so there is nothing to lay a grid over; leave out --grid, or give the settings of one run")
     table = _overrides(words)
-    _check_options(table, SweepSAESettings.model_fields)
+    _check_options(sweep, table)
     return load_settings(SweepSAESettings, path, table if out is None else {**table, "exp_result_path": str(out)})
 
 
 def main() -> None:
     """The entry point: runs the command line and turns what a user can mend into one line and an exit code."""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *place: (
-        f"warning: {message}\n" if category is UserWarning else plain(message, category, *place)
-    )
+    warnings.formatwarning = _warning
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -372,6 +373,14 @@ def main() -> None:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             _fail(f"no permission to write {error.filename}; choose another folder")
         raise
+
+
+_plain_warning = warnings.formatwarning
+
+
+def _warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Ours in one line, without the place in the code."""
+    return f"warning: {message}\n" if category is UserWarning else _plain_warning(message, category, *place)
 
 
 def _words(error: CycloptsError) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -81,12 +81,18 @@ def _configs(of: type[BaseConfig]) -> list[type[BaseConfig]]:
     return [*of.__subclasses__(), *(deeper for child in of.__subclasses__() for deeper in _configs(child))]
 
 
+def is_field(name: str) -> bool:
+    """Whether any of the configurations has a field of that name."""
+    return any(name in config.model_fields for config in _configs(BaseConfig))
+
+
 def _where_it_is(name: str, cls: type[BaseConfig]) -> str:
     """For the end of a message: where a field that `cls` does not have is (inside one of its own, or in another configuration), or what is near."""
     for field, info in cls.model_fields.items():
         inside = [part for part in _parts(info.annotation) if isinstance(part, type) and issubclass(part, BaseConfig)]
         if any(name in config.model_fields for config in inside):
-            return f"; did you mean '{field}.{name}'?"
+            entry = ".NAME" if any(get_origin(part) is dict for part in _parts(info.annotation)) else ""
+            return f"; did you mean '{field}{entry}.{name}'?"
     if near := did_you_mean(name, cls.model_fields):
         return near
     return next(
