@@ -3,7 +3,8 @@
 A stream is an iterator that can be stopped and taken up again: after `load_state_dict(state)` on a stream that was built from the same
 settings, the items are those that the saved stream would have given next, bit for bit.
 
-A state is one flat dict. Its values are tensors or JSON (of a stream from outside also numbers and arrays of NumPy); the state of an inner stream stands in it under `prefix.`.
+A state is one flat dict. Its values are tensors or JSON (of a stream from outside also numbers and arrays of NumPy); the state of an inner stream
+stands in it under `prefix.`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _TENSOR, _ARRAY = "__tensor__", "__array__"
 
 
 def snapshot(state: Any) -> Any:
-    """A state with its tensors on the CPU. Those that are there already are not copied: they do not change any more. Arrays of NumPy may, and are."""
+    """A state with its tensors on the CPU. Those that are there already are not copied: they do not change any more. Arrays of NumPy may, and are
+    copied."""
     if isinstance(state, Tensor):
         return state.detach().cpu()
     if isinstance(state, np.ndarray):
@@ -63,12 +65,14 @@ def snapshot(state: Any) -> Any:
 
 
 def packed(state: Any, error: type[LmSaesError]) -> tuple[Any, dict[str, Tensor]]:
-    """A state, which may be that of anybody's stream, as a JSON value and the tensors that it refers to by name. NumPy's numbers become Python's, its
-    arrays come back as arrays; tuples become lists.
+    """A state, which may be that of anybody's stream (None: it has none), as a JSON value and the tensors that it refers to by name. NumPy's numbers
+    become Python's, its arrays come back as arrays; tuples become lists.
 
     Raises:
-        error: there is something else in it.
+        error: it is no dict, or there is something else in it.
     """
+    if state is not None and not isinstance(state, dict):
+        raise error(f"the stream's state_dict() must be a dict, got {type(state).__name__}")
     tensors: dict[str, Tensor] = {}
 
     def plain(value: Any, place: str) -> Any:
@@ -85,6 +89,8 @@ def packed(state: Any, error: type[LmSaesError]) -> tuple[Any, dict[str, Tensor]
                 tensors[name] = value if isinstance(value, Tensor) else torch.from_numpy(value.copy())
             except (TypeError, ValueError) as fault:  # of objects, text, times, or in another order of bytes
                 raise error(f"the stream's state_dict(){place} is an array of {value.dtype}, which cannot be saved: {fault}") from None
+            if tensors[name].dtype is torch.complex128 or tensors[name].layout is not torch.strided:  # safetensors has neither
+                raise error(f"the stream's state_dict(){place} is of {tensors[name].dtype}, {tensors[name].layout}, which cannot be saved")
             return {kind: name}
         number = value.item() if isinstance(value, np.generic) else value
         if number is None or isinstance(number, str | bool | int | float):
