@@ -116,12 +116,23 @@ MINE, OTHER = {"a": {"dataset_name_or_path": "a.jsonl"}}, {"a": {"dataset_name_o
 DEMO = {"demo": {"dataset_name_or_path": "demo"}}
 
 
+def part(split: str) -> dict[str, str]:
+    return {**MINE["a"], "split": split}
+
+
 @pytest.mark.parametrize(
     ("factory", "more", "words"),
     [
         (TEXT, {"datasets": MINE}, "text it was trained on"),
         (TEXT, {"datasets": MINE, "eval_datasets": MINE}, "text it was trained on"),
         (TEXT, {"datasets": MINE, "eval_datasets": OTHER}, "held-out text"),
+        (TEXT, {"datasets": MINE, "eval_datasets": {"a": part("train[95%:]")}}, "text it may have been trained on"),
+        (TEXT, {"datasets": {"a": part("train[:95%]")}, "eval_datasets": {"a": part("train[90%:]")}}, "text it may have been trained on"),
+        (TEXT, {"datasets": {"a": part("train[:95%]")}, "eval_datasets": {"a": part("train[95%:]")}}, "held-out text"),
+        (TEXT, {"datasets": {"a": part("train[100:200]")}, "eval_datasets": {"a": part("train[:100]")}}, "held-out text"),
+        (TEXT, {"datasets": {"a": part("train[:95%]")}, "eval_datasets": {"a": part("train[1000:]")}}, "text it may have been trained on"),
+        (TEXT, {"datasets": {"a": part("train[:95%]")}, "eval_datasets": {"a": part("train[-5%:]")}}, "text it may have been trained on"),
+        (TEXT, {"datasets": {"a": part("train")}, "eval_datasets": {"a": part("test[:10%]")}}, "held-out text"),
         (TEXT, {"datasets": {"a": DEMO["demo"]}}, "held-out text"),
         (TEXT, {"datasets": {"a": {**DEMO["demo"], "split": "heldout"}}}, "text it was trained on"),
         (MIXED, {"datasets": MINE}, "held-out text and text it was trained on"),

@@ -50,7 +50,7 @@ class Row:
     hook_point: str
     """The hook point that is reconstructed; empty where the dictionary came from saved weights."""
     measured_on: str
-    """"held-out text", "text it was trained on" (`records.evaluated_on`), or "the last training batch"."""
+    """What `records.evaluated_on` says, or "the last training batch"."""
     tokens: int
     """Tokens trained on."""
     differs: dict[str, Any]

@@ -78,7 +78,8 @@ _FREE_OF_STREAM = ("device", "num_workers", "prefetch", "path")
 
 
 def evaluated_on(settings: StreamSettings) -> str:
-    """What an evaluation with these settings reads (see `assembly.evaluation_stream`), in words: "held-out text" only where all of it is."""
+    """What an evaluation with these settings reads (see `assembly.evaluation_stream`), in words: "held-out text" only where all of it is, as
+    far as names and splits say."""
     held_out: dict[str, DatasetConfig] = getattr(settings, "eval_datasets", None) or {}
     kinds = []
     for source in settings.activation_factory.sources:
@@ -88,7 +89,10 @@ def evaluated_on(settings: StreamSettings) -> str:
             continue
         trained = settings.dataset(source.name)
         read = held_out.get(source.name) or (trained.replace(split="heldout") if trained.dataset_name_or_path == "demo" else trained)
-        kinds.append("text it was trained on" if read == trained else "held-out text")
+        if read == trained:
+            kinds.append("text it was trained on")
+        else:
+            kinds.append("text it may have been trained on" if read.may_overlap(trained) else "held-out text")
     return " and ".join(dict.fromkeys(kinds))
 
 

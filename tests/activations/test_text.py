@@ -216,6 +216,11 @@ def test_a_part_that_holds_nothing(tmp_path: Path) -> None:
             read(tmp_path / "x.json", split=split)
 
 
+def test_the_demo_corpus_has_no_columns() -> None:
+    with pytest.raises(ConfigError, match="leave text_column out"):
+        load_dataset(DatasetConfig(dataset_name_or_path="demo", text_column="body"))
+
+
 def test_shards(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(["a", "b", "c"]))
     cfg = DatasetConfig(dataset_name_or_path=str(tmp_path / "x.json"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from lm_saes.activations.documents import (
     decoded,
 )
 from lm_saes.config import DatasetConfig
+from lm_saes.config.activations import SLICE
 from lm_saes.demo import corpus
 from lm_saes.errors import ConfigError, DataError, did_you_mean
 from lm_saes.files import inside, parse_json, read_json_object
@@ -47,6 +47,8 @@ def load_dataset(cfg: DatasetConfig, is_dataset_tokenized: bool = False) -> Docu
     place, field = cfg.dataset_name_or_path, Field(cfg.text_column, is_dataset_tokenized)
     if place == "demo":
         _only_for_the_hub(cfg, "name", "revision", "streaming", "is_dataset_on_disk")
+        if cfg.text_column != "text":
+            raise ConfigError(f"the demo corpus has no columns; leave text_column out (got '{cfg.text_column}')")
         return _demo(cfg.split, field)
     if cfg.is_dataset_on_disk or (Path(place) / "state.json").is_file() or (Path(place) / "dataset_dict.json").is_file():
         _only_for_the_hub(cfg, "name", "revision", "streaming")
@@ -139,12 +141,12 @@ def _part(documents: Documents, cfg: DatasetConfig) -> Documents:
     """The documents, or those that a slice names as it does for a dataset of the hub: "train[:95%]", "train[95%:]", "train[1000:2000]"."""
     if cfg.split == "train":
         return documents
-    found = re.fullmatch(r"train\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\]", cfg.split)
-    if found is None:
+    found = SLICE.fullmatch(cfg.split)
+    if found is None or found[1] != "train" or not cfg.split.endswith("]"):
         raise ConfigError(
             f"{cfg.dataset_name_or_path} has no splits: leave split out, or name a part of it, such as 'train[:95%]' (got split = '{cfg.split}')"
         )
-    start, start_in, stop, stop_in = found.groups()
+    _, start, start_in, stop, stop_in = found.groups()
     ends = [
         round(int(end) * len(documents) / 100) if unit else int(end)
         for end, unit in ((start or "0", start_in), (stop or "100", stop_in if stop else "%"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
@@ -74,6 +75,10 @@ class LanguageModelConfig(BaseModelConfig):
         return validated(LanguageModelConfig, {**table, **code, **overrides}, origin=str(path))
 
 
+SLICE = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
+"""A split, or a part of it by the number of the document: its name, where the part begins and ends, and for each whether that is in percent."""
+
+
 class DatasetConfig(BaseConfig):
     """Text. `dataset_name_or_path="demo"` is the Python standard library, which every machine with Python has."""
 
@@ -101,6 +106,21 @@ class DatasetConfig(BaseConfig):
         if self.trust_remote_code:
             raise ValueError("datasets with loading scripts are not supported; convert the dataset to parquet or jsonl")
         return self
+
+    def may_overlap(self, other: DatasetConfig) -> bool:
+        """Whether a document may be in both, as far as their names and splits say."""
+        if (self.dataset_name_or_path, self.name) != (other.dataset_name_or_path, other.name):
+            return False
+        one, two = SLICE.fullmatch(self.split), SLICE.fullmatch(other.split)
+        if one is None or two is None:  # a slice that only the hub understands
+            return True
+        return one[1] == two[1] and not (_ends_before(one, two) or _ends_before(two, one))
+
+
+def _ends_before(one: re.Match[str], other: re.Match[str]) -> bool:
+    """Whether a part surely ends where another begins, or before; percentages and numbers cannot be compared."""
+    stop, stop_unit, start, start_unit = one[4], one[5], other[2], other[3]
+    return None not in (stop, start) and stop_unit == start_unit and int(stop) <= int(start)
 
 
 class ActivationFactoryTarget(Enum):
