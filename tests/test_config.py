@@ -387,5 +387,7 @@ def test_training_in_float16_weights_is_refused_with_what_was_meant():
     table = settings_table()
     with pytest.raises(ConfigError, match=r'cannot be trained in float16.*trainer.amp_dtype = "float16"'):
         validated(TrainSAESettings, {**table, "sae": {**table["sae"], "dtype": "float16"}})
+    with pytest.raises(ConfigError, match="cannot be trained in float16"):
+        validated(TrainSAESettings, {**table, "sae": {"pretrained_name_or_path": "runs/a", "dtype": "float16"}})
     for dtype in ("bfloat16", "float32", "float64"):
         assert validated(TrainSAESettings, {**table, "sae": {**table["sae"], "dtype": dtype}})

@@ -146,6 +146,11 @@ def test_an_empty_stream_and_one_without_the_hook_point_are_errors(trainer_confi
         Trainer(trainer_config(folder="b")).fit(make_dictionary(), [{"other": torch.ones(4, 16)}])
 
 
+def test_weights_in_float16_are_not_trained(trainer_config):
+    with pytest.raises(ConfigError, match="cannot be trained in float16"):
+        Trainer(trainer_config(4)).fit(make_dictionary().to(torch.float16), SyntheticStream())
+
+
 def test_a_used_folder_is_refused(trainer_config):
     cfg = trainer_config(2)
     Trainer(cfg).fit(make_dictionary(), SyntheticStream())

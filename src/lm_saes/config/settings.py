@@ -129,10 +129,10 @@ class TrainSAESettings(TrainingSettings, Settings):
             missing = [hook for hook in self.sae.associated_hook_points if hook not in self.activation_factory.hook_points]
             if missing:
                 raise ValueError(f"activation_factory.hook_points lacks {missing}, which the dictionary reads or reconstructs")
-            if self.sae.__dict__["dtype"] == "float16":  # by name: the attribute would import torch
-                raise ValueError(
-                    'weights cannot be trained in float16: small updates vanish; leave sae.dtype out, trainer.amp_dtype = "float16" computes in it'
-                )
+        if self.sae.__dict__["dtype"] == "float16":  # by name: the attribute would import torch
+            raise ValueError(
+                'weights cannot be trained in float16: small updates vanish; set sae.dtype = "float32", trainer.amp_dtype = "float16" computes in it'
+            )
         return self
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lm_saes.config import TrainerConfig
-from lm_saes.errors import NonFiniteError
+from lm_saes.errors import ConfigError, NonFiniteError
 from lm_saes.models.pretrained import write_files
 from lm_saes.models.sparse_dictionary import SparseDictionary
 from lm_saes.training.checkpoint import Checkpoint, copied, remove_old, write_checkpoint
@@ -87,6 +87,8 @@ class Run:
         Raises:
             ConfigError: options that contradict each other or the dictionary.
         """
+        if self.sae.W_D.dtype is torch.float16:
+            raise ConfigError('weights cannot be trained in float16: small updates vanish; take them in float32 (sae.dtype = "float32")')
         self.sae.train()
         (Path(self.cfg.exp_result_path) / FAILURE_FILE).unlink(missing_ok=True)
         checkpoint, self.checkpoint = self.checkpoint, None  # it holds copies of all moments
