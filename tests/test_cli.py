@@ -214,6 +214,8 @@ def test_bad_settings_are_one_line_exit_2_and_leave_no_folder(tmp_path, settings
         (["sweep", "demo", "--lr", "1e-3", "--grid", "sae.top_k=1,2"], "did you mean 'trainer.lr'?"),
         (["train", "demo", "--text_column", "body"], "did you mean 'datasets.NAME.text_column'?"),
         (["inspect", "--text", "", "--text-column", "body"], "dataset_name_or_path"),
+        (["inspect", "--text", ""], "dataset_name_or_path"),
+        (["inspect", "--model", "a\0b"], "a character that is no text"),
         (["sweep", "demo", "--gird", "a=1", "--grid", "sae.top_k=1,2"], "did you mean '--grid'?"),
         (["train", "demo", "--batch_size", "8"], "no field 'batch_size'; did you mean 'activation_factory.batch_size'?"),
         (["train", "demo", "--sae.lr", "8"], "SAEConfig has no field 'lr'; it is a field of TrainerConfig"),

@@ -61,7 +61,7 @@ def inspect_activations(
         LmSaesError: the model, the text or a hook point cannot be found; nothing is kept; NaN or infinity in the activations.
     """
     loaded = _load(model, device)
-    source = DatasetConfig(dataset_name_or_path=text) if isinstance(text, str) else text
+    source = validated(DatasetConfig, {"dataset_name_or_path": text}) if isinstance(text, str) else text
     table = {
         "sources": [ActivationFactoryDatasetSource(name="text")],
         "target": ActivationFactoryTarget.ACTIVATIONS_2D,
@@ -191,7 +191,7 @@ def _positions(batch: Mapping[str, Any], activations: Tensor) -> Positions:
 def _load(model: LanguageModel | LanguageModelConfig | str, device: str) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
-    cfg = LanguageModelConfig(model_name=model) if isinstance(model, str) else model
+    cfg = validated(LanguageModelConfig, {"model_name": model}) if isinstance(model, str) else model
     if cfg.device == "auto":
         cfg = cfg.replace(device=str(resolve_device(device)))
     return load_model(cfg)
