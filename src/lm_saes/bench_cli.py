@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from lm_saes.errors import ConfigError
+
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Any field of SyntheticBenchmarkConfig: `--model.zipf_exponent 0.7 --l0 6`.")]
 
 bench = App(name="bench", help="Benchmarks with known answers.", default_parameter=Parameter(negative=()))
@@ -50,6 +52,8 @@ def synthetic(
 
     changes = parse_overrides(overrides)
     if samples is not None:
+        if "n_training_samples" in changes:
+            raise ConfigError("--samples is n_training_samples; give one of the two")
         changes["n_training_samples"] = samples
     names = None if kinds == "all" else [name.strip() for name in kinds.split(",")]
     bench_commands.synthetic(size, seeds, names, {**changes, "device": device}, out or Path("runs/bench") / f"synthetic_{size}", baseline or ())

@@ -166,6 +166,7 @@ def test_any_field_of_the_benchmark_can_be_set(tmp_path, monkeypatch):
         (["--samples", "0"], "n_training_samples: Input should be greater than or equal to 1 (got 0)"),
         (["--device", "gpu"], "device"),
         (["--model.zipf_exponnt", "1"], "model: SyntheticModelConfig has no field 'zipf_exponnt'; did you mean 'zipf_exponent'?"),
+        (["--samples", "640", "--n_training_samples", "1280"], "--samples is n_training_samples; give one of the two"),
         (["--l0", "24"], "l0 must be below d_sae = 24, got 24"),
     ],
 )
