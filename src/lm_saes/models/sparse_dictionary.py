@@ -225,7 +225,7 @@ class SparseDictionary(ActivationSpace):
             zero outside the mask.
         """
         x, target, mask = _rows(self.prepare_input(batch)), _rows(self.prepare_label(batch)), _row_mask(batch)
-        if mask is not None and not _holds_everywhere(mask):  # what lies outside may be anything, and 0 times NaN is NaN in a gradient
+        if mask is not None:  # what lies outside may be anything, and 0 times NaN is NaN in a gradient
             x, target = (rows.masked_fill(~mask[:, None], 0.0) for rows in (x, target))
         forward = self.run(x, mask=mask, target=target)
         dead = None if update_dead_statistics is None else update_dead_statistics(forward.codes, mask)
@@ -317,11 +317,6 @@ def _rows(x: Float[Tensor, "*shape D"]) -> Float[Tensor, "N D"]:
 def _row_mask(batch: Batch) -> Bool[Tensor, " N"] | None:
     mask = batch.get("mask")
     return None if mask is None else mask.reshape(-1).bool()
-
-
-def _holds_everywhere(mask: Bool[Tensor, " N"]) -> bool:
-    """Whether there is surely nothing outside. Asked of a CPU only, where it saves two copies of a batch: the answer of a GPU would be waited for."""
-    return mask.device.type == "cpu" and bool(mask.all())
 
 
 _warned_of_kernel_options = False
