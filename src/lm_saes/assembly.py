@@ -80,10 +80,7 @@ def evaluation_stream(settings: StreamSettings, model: LanguageModel | None, see
                 sources.append(source)
                 continue
             source = ActivationFactoryDatasetSource(name=source.name, sample_weights=source.sample_weights)
-        dataset = held_out.get(source.name) or settings.dataset(source.name)
-        if source.name not in held_out and dataset.dataset_name_or_path == "demo":
-            dataset = dataset.replace(split="heldout")
-        datasets[source.name] = dataset
+        datasets[source.name] = settings.evaluation_dataset(source.name)
         sources.append(source)
     on_disk = stored_activations(settings)
     in_context = datasets or all(stored.sequences for stored in on_disk)

@@ -87,8 +87,7 @@ def evaluated_on(settings: StreamSettings) -> str:
         if not of_text and (settings.model is None or source.name not in {**(settings.datasets or {}), **held_out}):
             kinds.append("activations it was trained on")
             continue
-        trained = settings.dataset(source.name)
-        read = held_out.get(source.name) or (trained.replace(split="heldout") if trained.dataset_name_or_path == "demo" else trained)
+        trained, read = settings.dataset(source.name), settings.evaluation_dataset(source.name)
         if read == trained:
             kinds.append("text it was trained on")
         else:

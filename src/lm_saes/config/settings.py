@@ -71,6 +71,14 @@ class StreamSettings(BaseConfig):
                     raise ValueError(f"source '{source.name}' is text, which needs a language model: set `model`")
         return self
 
+    def evaluation_dataset(self, name: str) -> DatasetConfig:
+        """The text that a source is evaluated on: that of `eval_datasets`, or the demo corpus's own held-out side, else that of the training."""
+        held_out: dict[str, DatasetConfig] = getattr(self, "eval_datasets", None) or {}
+        if name in held_out:
+            return held_out[name]
+        trained = self.dataset(name)
+        return trained.replace(split="heldout") if trained.dataset_name_or_path == "demo" else trained
+
     def dataset(self, name: str) -> DatasetConfig:
         """The dataset of that name; "demo" is known without an entry."""
         return (self.datasets or {}).get(name) or DatasetConfig(dataset_name_or_path="demo")
