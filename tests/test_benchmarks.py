@@ -292,3 +292,22 @@ def test_a_sweep_should_take_one_stream_and_all_steps():
 def test_help_is_there(script):
     text = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], check=True, capture_output=True, text=True).stdout
     assert f"{script}.py" in text
+
+
+# -------------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_parts_of_the_recipe_are_all_combined_and_each_does_something():
+    from activation_functions import BATCH, Batches
+    from recipe import ARMS, train
+
+    assert len(set(map(frozenset, ARMS.values()))) == len(ARMS) == 8
+    rows = torch.randn(11 * BATCH, 16, generator=torch.Generator().manual_seed(0))
+    batches = Batches(rows, torch.arange(len(rows)), "h")
+    weights = {}
+    for name in ("batchtopk", "batchtopk + nested", "batchtopk + annealed", "batchtopk + 3 lr"):
+        sae, _ = train(ARMS[name], batches, "h", 16, l0=4, expansion=4, seed=0)
+        assert (sae.cfg.matryoshka is not None) == ("nested" in ARMS[name])
+        assert sae.current_k == sae.cfg.top_k == 4, "the last k is that of all"
+        weights[name] = sae.W_D.detach().clone()
+    assert all(not torch.equal(weights["batchtopk"], other) for name, other in weights.items() if name != "batchtopk")
